@@ -1,7 +1,41 @@
-"""Prune, quantize and distil inside one Lightning run, with no change to your module."""
+"""Model compression as Lightning callbacks: prune, fake-quantize and distil in the fine-tuning run you already have."""
 
-from __future__ import annotations
-
-__all__ = ["__version__"]
+from lightning_compress.callbacks import CompressionMonitor, Distillation, GradualPruning, QuantizationAwareTraining
+from lightning_compress.distillation.losses import soft_targets
+from lightning_compress.distillation.teachers import TeacherCheckpoint
+from lightning_compress.errors import (
+    CheckpointMismatch,
+    CompressError,
+    IncompatibleCallbacks,
+    NothingToCompress,
+    UnsupportedStrategy,
+)
+from lightning_compress.export.onnx import export_onnx
+from lightning_compress.measure.report import Measurement, compare
+from lightning_compress.pruning.criteria import magnitude
+from lightning_compress.quantization.attach import fake_quantized
+from lightning_compress.schedule import Constant, Cubic, Linear
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "CheckpointMismatch",
+    "CompressError",
+    "CompressionMonitor",
+    "Constant",
+    "Cubic",
+    "Distillation",
+    "GradualPruning",
+    "IncompatibleCallbacks",
+    "Linear",
+    "Measurement",
+    "NothingToCompress",
+    "QuantizationAwareTraining",
+    "TeacherCheckpoint",
+    "UnsupportedStrategy",
+    "compare",
+    "export_onnx",
+    "fake_quantized",
+    "magnitude",
+    "soft_targets",
+]

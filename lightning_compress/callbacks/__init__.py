@@ -1,0 +1,8 @@
+"""When: the callbacks that users add to a Lightning run. The only folder that imports lightning."""
+
+from lightning_compress.callbacks.distillation import Distillation
+from lightning_compress.callbacks.monitor import CompressionMonitor
+from lightning_compress.callbacks.pruning import GradualPruning
+from lightning_compress.callbacks.quantization import QuantizationAwareTraining
+
+__all__ = ["CompressionMonitor", "Distillation", "GradualPruning", "QuantizationAwareTraining"]

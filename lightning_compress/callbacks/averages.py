@@ -1,0 +1,26 @@
+"""Averaged copies of the model that Lightning's own callbacks keep: SWA, EMA, WeightAveraging."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import lightning.pytorch as L
+import torch
+from torch import nn
+
+from lightning_compress.sharding import clean_name
+
+__all__ = ["averaged_models"]
+
+
+def averaged_models(trainer: L.Trainer) -> Iterator[dict[str, nn.Parameter]]:
+    """Yield the parameters, by clean name, of each averaged copy that Lightning's callbacks keep (SWA, EMA).
+
+    Reads their private `_average_model`: without it an average of dense and masked weights would be dense.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        average = getattr(callback, "_average_model", None)
+        if isinstance(average, nn.Module):
+            # AveragedModel keeps the copy under `module.`, SWA keeps the copy itself.
+            inner = average.module if isinstance(average, torch.optim.swa_utils.AveragedModel) else average
+            yield {clean_name(name): parameter for name, parameter in inner.named_parameters()}

@@ -1,0 +1,83 @@
+"""What every callback checks in the same words: the strategy, the state's format and recipe, and the module's age."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import lightning.pytorch as L
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+from lightning_compress.errors import CheckpointMismatch, UnsupportedStrategy
+from lightning_compress.select import Pattern
+
+__all__ = ["FORMAT", "check_state", "check_strategy", "described", "is_final_at_setup", "saved_state"]
+
+FORMAT = 1
+
+
+def check_strategy(trainer: L.Trainer, who: L.Callback) -> None:
+    """Raise if the strategy shards parameters. Runs at `setup`.
+
+    Raises:
+        UnsupportedStrategy: FSDP, FSDP2/tensor parallel or DeepSpeed.
+    """
+    if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
+        raise UnsupportedStrategy(
+            f"{type(who).__name__} works on a single device and under DDP; {type(trainer.strategy).__name__} shards "
+            f"parameters, which it cannot compress yet; use strategy='ddp', or remove the callback"
+        )
+
+
+def is_final_at_setup(pl_module: L.LightningModule) -> bool:
+    """Say whether all layers exist when `Callback.setup` runs, before the module's own `setup`/`configure_model`."""
+    return not any(is_overridden(hook, pl_module, L.LightningModule) for hook in ("setup", "configure_model"))
+
+
+def described(value: Any) -> Any:
+    """Return a recipe's value as primitives that compare equal across runs and load with `weights_only=True`.
+
+    >>> from lightning_compress.schedule import Cubic
+    >>> described((0.1, Cubic(0.9)))
+    [0.1, 'Cubic(final=0.9, initial=0.0)']
+    """
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [described(item) for item in value]
+    return f"{value.__module__}.{value.__qualname__}" if hasattr(value, "__qualname__") else repr(value)
+
+
+def patterns_or_none(patterns: Iterable[Pattern] | Pattern | None) -> tuple[Pattern, ...] | None:
+    """Freeze a selection's patterns; a single pattern stands for a tuple of one."""
+    if patterns is None:
+        return None
+    return (patterns,) if isinstance(patterns, (str, type)) else tuple(patterns)
+
+
+def saved_state(recipe: Mapping[str, Any], **state: Any) -> dict[str, Any]:
+    """Return a callback's state with the format and recipe that `check_state` compares."""
+    return {"format": FORMAT, "recipe": dict(recipe), **state}
+
+
+def check_state(state: Mapping[str, Any], recipe: Mapping[str, Any], who: L.Callback) -> None:
+    """Raise unless a checkpoint's state is of a known format and of this callback's recipe. Runs on loading.
+
+    Raises:
+        CheckpointMismatch: a newer format, or the first option that differs, with both values.
+    """
+    name = type(who).__name__
+    if state.get("format") != FORMAT:
+        raise CheckpointMismatch(
+            f"the checkpoint's {name} state has format {state.get('format')}, this version reads {FORMAT}; "
+            f"update lightning-compress"
+        )
+    saved = state["recipe"]
+    for option in sorted({*saved, *recipe}):
+        if saved.get(option) != recipe.get(option):
+            raise CheckpointMismatch(
+                f"the checkpoint was made by {name} with {option}={saved.get(option)!r}, this run has "
+                f"{option}={recipe.get(option)!r}; resume with the same recipe, or start a new compression from its "
+                f"weights with load_from_checkpoint and no ckpt_path"
+            )

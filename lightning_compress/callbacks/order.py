@@ -1,0 +1,75 @@
+"""Which callbacks cannot meet: pure functions on a list.
+
+No order is imposed, because none is needed: masks are applied inside the optimizer's step, fake-quantization inside
+the forward and the teacher inside `training_step`, so any order of the Trainer's list gives the same run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from lightning.pytorch.callbacks import ModelPruning
+
+from lightning_compress.errors import IncompatibleCallbacks
+
+__all__ = ["Claim", "Claiming", "check_claims", "check_together"]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What one callback does to which parameters or modules, by clean name."""
+
+    owner: str
+    action: str
+    names: frozenset[str]
+
+
+@runtime_checkable
+class Claiming(Protocol):
+    """A callback that says what it will change."""
+
+    def claims(self) -> list[Claim]:
+        """Return the claims; empty when off or before `setup`."""
+        ...
+
+
+def check_claims(claims: Iterable[Claim]) -> None:
+    """Raise if two claims do the same to one name.
+
+    >>> prune = Claim("A", "prune", frozenset({"0.weight"}))
+    >>> check_claims([prune, Claim("B", "quantize", frozenset({"0.weight"}))])
+    >>> check_claims([prune, prune])
+    Traceback (most recent call last):
+    ...
+    lightning_compress.errors.IncompatibleCallbacks: A and A both prune 0.weight; give each its own include/exclude \
+or remove one
+    """
+    seen: list[Claim] = []
+    for claim in claims:
+        for other in seen:
+            shared = sorted(claim.names & other.names) if claim.action == other.action else []
+            if shared:
+                more = f" and {len(shared) - 1} more" if len(shared) > 1 else ""
+                raise IncompatibleCallbacks(
+                    f"{other.owner} and {claim.owner} both {claim.action} {shared[0]}{more}; give each its own "
+                    f"include/exclude or remove one"
+                )
+        seen.append(claim)
+
+
+def check_together(callbacks: Iterable[object]) -> None:
+    """Raise if callbacks of this run cannot meet. Runs when each callback knows its targets.
+
+    Raises:
+        IncompatibleCallbacks: two of ours claim the same, or Lightning's ModelPruning is in the list as well.
+    """
+    listed = list(callbacks)
+    claims = [claim for callback in listed if isinstance(callback, Claiming) for claim in callback.claims()]
+    check_claims(claims)
+    if any(isinstance(callback, ModelPruning) for callback in listed) and any(c.action != "distil" for c in claims):
+        raise IncompatibleCallbacks(
+            "Lightning's ModelPruning renames parameters while it trains, so nothing else can prune or quantize them; "
+            "remove it and use GradualPruning"
+        )

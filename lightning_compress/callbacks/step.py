@@ -1,0 +1,90 @@
+"""Wrap one method of a LightningModule instance for the time of a fit; many clients, any order of removal.
+
+There is one wrapper for each instance and method, however many clients it has, because two nested wrappers taken off
+in the wrong order leave one behind.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as L
+
+__all__ = ["Interception", "intercept"]
+
+# client(original, args, kwargs) -> result; it calls the original itself.
+Client = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+
+
+class Interception:
+    """Stands in an instance's `__dict__` for one of its methods and calls the clients around it.
+
+    A copy or pickle of the module gets its own plain method back, so that weight averaging's copies neither train
+    the original nor drag a teacher along.
+    """
+
+    def __init__(self, pl_module: L.LightningModule, method: str) -> None:
+        self.owner, self.method = pl_module, method
+        self.replaced = pl_module.__dict__.get(method)
+        self.original = getattr(pl_module, method)
+        self.clients: list[Client] = []
+        functools.update_wrapper(self, self.original, updated=())
+        # Lightning peels exactly one __wrapped__ to read the signature of the user's method.
+        self.__wrapped__ = getattr(self.original, "__wrapped__", self.original)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the clients, the last one outermost, around the original."""
+        return self._through(tuple(self.clients), args, kwargs)
+
+    def _through(self, clients: tuple[Client, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not clients:
+            return self.original(*args, **kwargs)
+
+        def inner(*inner_args: Any, **inner_kwargs: Any) -> Any:
+            return self._through(clients[:-1], inner_args, inner_kwargs)
+
+        return clients[-1](inner, args, kwargs)
+
+    def remove(self, client: Client) -> None:
+        """Take a client off; the last one restores the instance, unless somebody has patched it on top of us."""
+        if client in self.clients:
+            self.clients.remove(client)
+        if self.clients or self.owner.__dict__.get(self.method) is not self:
+            return
+        del self.owner.__dict__[self.method]
+        if self.replaced is not None:
+            self.owner.__dict__[self.method] = self.replaced
+
+    def _plain(self) -> Callable[..., Any]:
+        return getattr(type(self.owner), self.method)  # type: ignore[no-any-return]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
+        """Give a copy of the module its class's own method."""
+        return types.MethodType(self._plain(), memo.get(id(self.owner), self.owner))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle as the class's own method."""
+        return types.MethodType, (self._plain(), self.owner)
+
+
+def intercept(pl_module: L.LightningModule, method: str, client: Client) -> Callable[[], None]:
+    """Let `client` run around `pl_module.method` on this instance; its class is not touched. Runs at `setup`.
+
+    Args:
+        pl_module: the module.
+        method: such as "training_step" or "manual_backward".
+        client: called as `client(original, args, kwargs)`.
+
+    Returns:
+        A function that takes the client off again.
+    """
+    interception = pl_module.__dict__.get(method)
+    if not isinstance(interception, Interception):
+        interception = Interception(pl_module, method)
+        # Not setattr: nn.Module's would look the name up among parameters and modules first.
+        pl_module.__dict__[method] = interception
+    interception.clients.append(client)
+    return functools.partial(interception.remove, client)

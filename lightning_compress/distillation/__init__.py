@@ -1,0 +1,1 @@
+"""What to imitate: losses, taps and teachers."""

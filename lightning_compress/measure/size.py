@@ -1,0 +1,191 @@
+"""How big: bytes of files, bytes after zip, and non-zero weights, each counted and never estimated."""
+
+from __future__ import annotations
+
+import tempfile
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    import numpy as np
+    from onnx import ModelProto
+
+__all__ = [
+    "Count",
+    "LayerRow",
+    "count_nonzero",
+    "count_nonzero_onnx",
+    "file_bytes",
+    "per_layer",
+    "zipped_bytes",
+]
+
+
+@dataclass(frozen=True)
+class Count:
+    """How many of `total` numbers are not zero."""
+
+    nonzero: int
+    total: int
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros in [0, 1]; 0 where nothing was counted."""
+        return 1.0 - self.nonzero / self.total if self.total else 0.0
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One parameter of a model: `sparsity` is its fraction of zeros, `bits` the width of one element."""
+
+    name: str
+    shape: tuple[int, ...]
+    total: int
+    nonzero: int
+    sparsity: float
+    bits: int
+
+
+def file_bytes(path: str | Path) -> int:
+    """Bytes of a file, or of all files below a folder (an ONNX file with external data, a saved HF model).
+
+    Raises:
+        FileNotFoundError: Nothing is at `path`.
+    """
+    return sum(file.stat().st_size for file, _ in _files(Path(path)))
+
+
+def zipped_bytes(path: str | Path) -> int:
+    """Bytes of a zip archive (deflate, level 9) that holds the file, or all files below the folder.
+
+    The archive is written through a temporary file on disk in pieces, so memory stays small. It is a plain
+    stand-in for what a download costs, the same for every model: deflate finds zeros and repeated codes.
+
+    Raises:
+        FileNotFoundError: Nothing is at `path`.
+    """
+    with tempfile.TemporaryFile() as sink:
+        with zipfile.ZipFile(sink, "w", zipfile.ZIP_DEFLATED, compresslevel=9, strict_timestamps=False) as archive:
+            for file, name in _files(Path(path)):
+                archive.write(file, name)
+        return sink.seek(0, 2)
+
+
+def _files(path: Path) -> list[tuple[Path, str]]:
+    """Every file at or below `path` with its name in an archive, in a fixed order."""
+    if path.is_dir():
+        below = sorted(file for file in path.rglob("*") if file.is_file())
+        return [(file, file.relative_to(path).as_posix()) for file in below]
+    if not path.exists():
+        raise FileNotFoundError(f"expected a file or a folder to measure, got '{path}', where nothing is")
+    return [(path, path.name)]
+
+
+def count_nonzero(model: nn.Module | Mapping[str, Tensor]) -> Count:
+    """Count the numbers of a model that are not zero; NaN is one, -0.0 is not.
+
+    Of a module: its parameters (no buffers). Of a mapping, such as a `state_dict`: every tensor in it, so
+    leave buffers out yourself. A tensor that is there twice (tied weights) counts once.
+
+    >>> count_nonzero({"weight": torch.tensor([[1.0, 0.0], [0.0, -0.0]])})
+    Count(nonzero=1, total=4)
+    """
+    tensors = model.parameters() if isinstance(model, nn.Module) else model.values()
+    once = list({_place(tensor): tensor for tensor in tensors}.values())
+    return Count(sum(_nonzero(tensor) for tensor in once), sum(tensor.numel() for tensor in once))
+
+
+def per_layer(
+    module: nn.Module, names: Iterable[str] | None = None, bits: Mapping[str, int] | None = None
+) -> list[LayerRow]:
+    """One row for each parameter, in registration order.
+
+    Args:
+        module: The model; a tied parameter has one row, under its first name.
+        names: Which parameters, as `named_parameters` spells them; None is all.
+        bits: Width of the grid a parameter is rounded to, where it isn't the width of its dtype.
+
+    Raises:
+        ValueError: A name that the module does not have.
+
+    >>> per_layer(nn.Linear(3, 2), ["bias"], bits={"bias": 8})[0].shape
+    (2,)
+    """
+    everything = dict(module.named_parameters(remove_duplicate=names is None))
+    for name in (*(names := list(everything) if names is None else list(names)), *(bits or {})):
+        if name not in everything:
+            raise ValueError(
+                f"expected names of parameters of {type(module).__name__}, got '{name}'; "
+                "take them from named_parameters(), for example 'encoder.layers.0.weight'"
+            )
+    return [_row(name, everything[name], bits or {}) for name in names]
+
+
+def _row(name: str, parameter: Tensor, bits: Mapping[str, int]) -> LayerRow:
+    count = Count(_nonzero(parameter), parameter.numel())
+    width = bits.get(name, parameter.element_size() * 8)
+    return LayerRow(name, tuple(parameter.shape), count.total, count.nonzero, count.sparsity, width)
+
+
+def _nonzero(tensor: Tensor) -> int:
+    return int(torch.count_nonzero(tensor.detach()))
+
+
+def _place(tensor: Tensor) -> tuple[object, ...]:
+    """What two tensors share only when they are the same numbers in memory, not merely equal ones."""
+    if tensor.data_ptr() == 0:  # no memory of its own (empty, fake): identity is all there is
+        return (id(tensor),)
+    return (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
+
+
+def count_nonzero_onnx(path: str | Path, min_dims: int = 2) -> Count:
+    """Count the weights of an ONNX file that do not stand for zero.
+
+    Weights are initializers of at least `min_dims` dimensions: biases, scales and zero points have fewer. A
+    weight that a DequantizeLinear reads is zero where it equals its zero point.
+
+    Raises:
+        ImportError: onnx is not installed.
+        FileNotFoundError: Nothing is at `path`.
+    """
+    try:
+        import onnx
+        from onnx import numpy_helper
+    except ImportError as error:
+        raise ImportError('count_nonzero_onnx needs onnx: pip install "lightning-compress[onnx]"') from error
+    model = onnx.load(str(path))
+    values = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    zeros = _zero_points(model, values)
+    weights = {name: value for name, value in values.items() if value.ndim >= min_dims}
+    nonzero = sum(int((value != zeros.get(name, 0)).sum()) for name, value in weights.items())
+    return Count(nonzero, sum(value.size for value in weights.values()))
+
+
+def _zero_points(model: ModelProto, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Zero point of each dequantized initializer, shaped to broadcast against it."""
+    found: dict[str, np.ndarray] = {}
+    for node in model.graph.node:
+        weight, zero_point = _dequantized(node.op_type, node.input, values)
+        if weight is None or zero_point is None:
+            continue
+        axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 1)
+        shape = [1] * weight.ndim
+        if zero_point.ndim == 1:
+            shape[axis] = zero_point.size
+        found[node.input[0]] = zero_point.reshape(shape)
+    return found
+
+
+def _dequantized(
+    op_type: str, inputs: Sequence[str], values: Mapping[str, np.ndarray]
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """The stored weight and zero point of a DequantizeLinear node, where it has both."""
+    if op_type != "DequantizeLinear" or len(inputs) < 3:
+        return None, None
+    return values.get(inputs[0]), values.get(inputs[2])

@@ -1,0 +1,1 @@
+"""What to zero: criteria, exact thresholds and masks."""

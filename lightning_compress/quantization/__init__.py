@@ -1,0 +1,1 @@
+"""What to round: grids, fake-quantization and its attachment to a module."""

@@ -1,0 +1,42 @@
+"""Observers in two phases: a forward notes the extremes it saw; once a step the moving average takes them in.
+
+Noting is idempotent, so activation checkpointing, modules called twice and several micro-batches are all right.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["move_ranges", "widen"]
+
+
+def widen(pending: Tensor | None, value: Tensor) -> Tensor:
+    """Return the extremes (-low, high) of `value` joined with those already pending. Runs in each training forward.
+
+    The low end is kept negated, so that one maximum (over calls, or over processes) serves both ends.
+
+    >>> widen(None, torch.tensor([-1.0, 3.0]))
+    tensor([1., 3.])
+    """
+    low, high = torch.aminmax(value.detach())
+    seen = torch.stack([-low, high]).float()
+    return seen if pending is None else torch.maximum(pending, seen)
+
+
+def move_ranges(ranges: Tensor, pending: Tensor, momentum: float) -> Tensor:
+    """Move each range towards what the last step saw. Runs once after each optimizer step while ranges are learned.
+
+    `range += momentum * (seen - range)`; a range that was never set (NaN) takes the first sight as it is, and one
+    that saw nothing finite this step stays.
+
+    Args:
+        ranges: (layers, 2) of (-low, high), float32, NaN where nothing was seen yet.
+        pending: (layers, 2) of (-low, high), -inf where a layer was not called.
+        momentum: weight of the newest step, in (0, 1].
+
+    >>> move_ranges(torch.tensor([[0.0, 1.0]]), torch.tensor([[0.0, 2.0]]), 0.5)
+    tensor([[0.0000, 1.5000]])
+    """
+    moved = torch.where(torch.isnan(ranges), pending, torch.lerp(ranges, pending, momentum))
+    return torch.where(torch.isfinite(pending).all(dim=1, keepdim=True), moved, ranges)

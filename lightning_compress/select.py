@@ -1,0 +1,155 @@
+"""Selection: names, globs, class names and types say which layers are compressed, by the names the user wrote.
+
+By default biases, norms, embeddings and the output head (the last Linear or Conv in registration order) are left
+out; an explicit `include` may name the head.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
+
+from lightning_compress.errors import NothingToCompress
+from lightning_compress.sharding import clean_name
+
+__all__ = ["Pattern", "Selection", "select_layers", "select_weights"]
+
+Pattern = str | type
+HEADS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Layers to compress, and why each other layer of the same kinds is skipped; both by clean name."""
+
+    layers: Mapping[str, nn.Module]
+    skipped: Mapping[str, str] = field(default_factory=dict)
+
+
+def _matches(pattern: Pattern, name: str, layer: nn.Module) -> bool:
+    if isinstance(pattern, type):
+        return isinstance(layer, pattern)
+    return fnmatchcase(name, pattern) or pattern in (type(layer).__name__, f"{name}.weight")
+
+
+def _matches_within(pattern: Pattern, name: str, modules: Mapping[str, nn.Module]) -> bool:
+    # A pattern that matches a container selects what is inside it.
+    parts = name.split(".")
+    inside = (".".join(parts[: end + 1]) for end in range(len(parts)))
+    return any(_matches(pattern, path, modules[path]) for path in inside if path in modules)
+
+
+def _as_patterns(patterns: Iterable[Pattern] | Pattern | None) -> tuple[Pattern, ...]:
+    if patterns is None:
+        return ()
+    return (patterns,) if isinstance(patterns, (str, type)) else tuple(patterns)
+
+
+def _check_patterns(patterns: Iterable[Pattern], modules: Mapping[str, nn.Module], option: str) -> None:
+    for pattern in patterns:
+        if any(_matches(pattern, name, layer) for name, layer in modules.items()):
+            continue
+        known = sorted({*filter(None, modules), *(type(layer).__name__ for layer in modules.values())})
+        near = difflib.get_close_matches(str(pattern), known, n=3) or known[:5]
+        raise ValueError(f"{option} pattern {pattern!r} matches no module; near names: {', '.join(near)}")
+
+
+def select_layers(
+    module: nn.Module,
+    kinds: tuple[type[nn.Module], ...],
+    include: Iterable[Pattern] | None = None,
+    exclude: Iterable[Pattern] | None = None,
+) -> Selection:
+    """Select the layers of the given kinds. Runs at `setup`, and again once the module's own setup is done.
+
+    A pattern is a module's name, a glob, a class name or a type; one that matches a container selects all in it.
+
+    Args:
+        module: the module whose layers are named.
+        kinds: classes that can be compressed.
+        include: patterns; None is everything except the output head.
+        exclude: patterns; they win over `include`.
+
+    Raises:
+        ValueError: a pattern matches nothing.
+        NothingToCompress: nothing is left, or a lazy layer has no weight yet.
+
+    >>> net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    >>> chosen = select_layers(net, (nn.Linear,))
+    >>> list(chosen.layers), dict(chosen.skipped)
+    (['0'], {'2': 'output head'})
+    """
+    modules = {clean_name(name): layer for name, layer in module.named_modules()}
+    included, excluded = _as_patterns(include), _as_patterns(exclude)
+    _check_patterns(included, modules, "include")
+    _check_patterns(excluded, modules, "exclude")
+    head = next((name for name, layer in reversed(modules.items()) if isinstance(layer, HEADS)), None)
+    layers: dict[str, nn.Module] = {}
+    skipped: dict[str, str] = {}
+    for name, layer in modules.items():
+        if not isinstance(layer, kinds):
+            continue
+        if isinstance(getattr(layer, "weight", None), UninitializedParameter):
+            raise NothingToCompress(
+                f"'{name}' is lazy and has no weight yet; run one forward before fit, or exclude it"
+            )
+        if any(_matches_within(pattern, name, modules) for pattern in excluded):
+            skipped[name] = "excluded"
+        elif include is not None and not any(_matches_within(pattern, name, modules) for pattern in included):
+            skipped[name] = "not included"
+        elif include is None and name == head:
+            skipped[name] = "output head"
+        else:
+            layers[name] = layer
+    if not layers:
+        raise NothingToCompress(_nothing(module, kinds, skipped))
+    return Selection(layers, skipped)
+
+
+def _nothing(module: nn.Module, kinds: tuple[type[nn.Module], ...], skipped: Mapping[str, str]) -> str:
+    wanted = ", ".join(kind.__name__ for kind in kinds)
+    if not skipped:
+        return f"expected layers of kind {wanted} in {type(module).__name__}, found none; nothing can be compressed"
+    reasons = "; ".join(f"'{name}': {reason}" for name, reason in skipped.items())
+    return (
+        f"the selection in {type(module).__name__} is empty. Layers of kind {wanted}, and why each was left out: "
+        f"{reasons}. "
+        f"Name what to compress with include=[...] or take patterns out of exclude"
+    )
+
+
+def select_weights(
+    module: nn.Module,
+    kinds: tuple[type[nn.Module], ...],
+    include: Iterable[Pattern] | None = None,
+    exclude: Iterable[Pattern] | None = None,
+) -> dict[str, nn.Parameter]:
+    """Select weight parameters by `select_layers`; a weight tied to an embedding is left out, a shared one comes once.
+
+    Raises:
+        ValueError: as `select_layers`.
+        NothingToCompress: nothing is left.
+
+    >>> net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    >>> list(select_weights(net, (nn.Linear,)))
+    ['0.weight']
+    """
+    selection = select_layers(module, kinds, include, exclude)
+    embedded = {id(layer.weight) for layer in module.modules() if isinstance(layer, nn.Embedding)}
+    weights: dict[str, nn.Parameter] = {}
+    for name, layer in selection.layers.items():
+        weight = dict(layer.named_parameters(recurse=False)).get("weight")
+        if weight is None or id(weight) in embedded or any(weight is other for other in weights.values()):
+            continue
+        weights[f"{name}.weight" if name else "weight"] = weight
+    if not weights:
+        raise NothingToCompress(
+            f"every selected weight of {type(module).__name__} is tied to an embedding or reparametrized: "
+            f"{', '.join(selection.layers)}; include other layers"
+        )
+    return weights
