@@ -16,7 +16,15 @@ from lightning_compress.measure.size import LayerRow
 if TYPE_CHECKING:
     from wandb import Run
 
-__all__ = ["log_artifact", "log_image", "log_layer_table", "log_schedule_curve", "log_summary", "wandb_run"]
+__all__ = [
+    "log_artifact",
+    "log_config",
+    "log_image",
+    "log_layer_table",
+    "log_schedule_curve",
+    "log_summary",
+    "wandb_run",
+]
 
 # The x axis that Lightning's WandbLogger defines. Rows carry it as a value: `run.log(step=...)` would drop
 # every row whose step is behind wandb's own counter.
@@ -34,6 +42,11 @@ def wandb_run(loggers: Iterable[object]) -> Run | None:
         if wandb_run_module is not None and isinstance(experiment, wandb_run_module.Run):
             return cast("Run", experiment)
     return None
+
+
+def log_config(run: Run, values: Mapping[str, object]) -> None:
+    """Set options of the run, over those of an earlier fit in it."""
+    run.config.update(dict(values), allow_val_change=True)  # type: ignore[no-untyped-call]
 
 
 def log_layer_table(run: Run, rows: Sequence[LayerRow], step: int) -> None:

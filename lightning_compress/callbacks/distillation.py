@@ -18,7 +18,7 @@ from lightning_compress.callbacks.probe import first_student_call
 from lightning_compress.callbacks.step import intercept
 from lightning_compress.distillation.losses import soft_targets
 from lightning_compress.distillation.taps import Call, Tap, logits_of
-from lightning_compress.distillation.teachers import Teacher, build_teacher, call_teacher
+from lightning_compress.distillation.teachers import Teacher, TeacherCheckpoint, build_teacher, call_teacher
 from lightning_compress.errors import CompressError
 
 __all__ = ["Distillation"]
@@ -50,7 +50,7 @@ class Distillation(L.Callback):
 
     def __init__(
         self,
-        teacher: nn.Module | str | Callable[[], nn.Module],
+        teacher: nn.Module | TeacherCheckpoint | Callable[[], nn.Module] | str,
         weight: float = 0.5,
         temperature: float = 2.0,
         loss: Callable[[Tensor, Tensor, float], Tensor] = soft_targets,

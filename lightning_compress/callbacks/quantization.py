@@ -86,7 +86,7 @@ class QuantizationAwareTraining(L.Callback):
     @property
     def complete(self) -> bool:
         """Whether the ranges are frozen."""
-        return not self.enabled or (bool(self._extremes) and self.clock.steps >= self._steps[2])
+        return not self.enabled or self._phase == Phase.FROZEN
 
     def ranges(self) -> dict[str, Range]:
         """Return the trained range of each layer by name; for `export_onnx` and `fake_quantized` after the fit.

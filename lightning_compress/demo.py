@@ -1,0 +1,248 @@
+"""The main job on real images: train a CNN; prune, quantize and distil it in one fit; export and measure it."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import logging
+import os
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import WandbLogger
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics.classification import MulticlassAccuracy
+
+from lightning_compress.callbacks import CompressionMonitor, Distillation, GradualPruning, QuantizationAwareTraining
+from lightning_compress.demo_data import load_fashion_mnist
+from lightning_compress.export.onnx import export_onnx, kernel_counts, onnx_session
+from lightning_compress.measure.chart import plot_report
+from lightning_compress.measure.latency import Latency, compare_latency
+from lightning_compress.measure.report import Measurement, Report, compare
+from lightning_compress.measure.size import count_nonzero, count_nonzero_onnx, file_bytes, zipped_bytes
+from lightning_compress.quantization.attach import fake_quantized
+
+__all__ = ["FashionClassifier", "main"]
+
+SPARSITY = 0.9
+LATENCY_BATCH = 64
+
+
+class FashionClassifier(L.LightningModule):
+    """An ordinary module, written without knowledge of compression: three convolutions and two Linear layers."""
+
+    def __init__(self, learning_rate: float = 2e-3) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.body = nn.Sequential(
+            *_block(1, 32), nn.MaxPool2d(2), *_block(32, 64), nn.MaxPool2d(2), *_block(64, 64), nn.Flatten()
+        )
+        self.hidden = nn.Sequential(nn.Linear(64 * 7 * 7, 128), nn.ReLU(), nn.Dropout(0.3))
+        self.head = nn.Linear(128, 10)
+        self.accuracy = MulticlassAccuracy(10, average="micro")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(n, 1, 28, 28) -> (n, 10) logits."""
+        return self.head(self.hidden(self.body(images)))  # type: ignore[no-any-return]
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Cross-entropy."""
+        images, labels = batch
+        loss = functional.cross_entropy(self(images), labels)
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Accuracy and loss."""
+        images, labels = batch
+        logits = self(images)
+        self.accuracy(logits, labels)
+        self.log("val_loss", functional.cross_entropy(logits, labels))
+        self.log("val_accuracy", self.accuracy, prog_bar=True)
+
+    def configure_optimizers(self) -> Any:
+        """AdamW with a one-cycle learning rate."""
+        optimizer = torch.optim.AdamW(self.parameters(), self.hparams["learning_rate"], weight_decay=1e-2)
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.hparams["learning_rate"], total_steps=steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def _block(channels_in: int, channels_out: int) -> list[nn.Module]:
+    convolution = nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False)
+    return [convolution, nn.BatchNorm2d(channels_out), nn.ReLU()]
+
+
+def main(argv: Sequence[str] = ()) -> int:
+    """Run the demo; returns the process's exit status."""
+    options = _options(argv)
+    started = time.perf_counter()
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    os.environ.setdefault("WANDB_SILENT", "true")  # its summary would bury the table
+    L.seed_everything(options.seed, verbose=False)
+    out = Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    train, test = load_fashion_mnist(options.data_dir)
+
+    _say(f"1/4  Training the dense model on {len(train)} images, {options.epochs} epochs")
+    dense = FashionClassifier()
+    _fit(dense, train, test, options.epochs, out, callbacks=[], logger=False)
+
+    _say("2/4  One fit: gradual pruning to 90 %, int8 quantization-aware training, distillation from the dense model")
+    compressed = copy.deepcopy(dense)
+    quantization = QuantizationAwareTraining()
+    logger = WandbLogger(project="lightning-compress-demo", save_dir=out, offline=True)
+    _fit(
+        compressed,
+        train,
+        test,
+        options.epochs,
+        out,
+        callbacks=[
+            pruning := GradualPruning(SPARSITY),
+            quantization,
+            Distillation(dense, temperature=3.0),
+            CompressionMonitor(folder=str(out / "fit")),
+        ],
+        logger=logger,
+    )
+    run_folder = Path(logger.experiment.dir).parent
+    logger.experiment.finish()
+
+    _say("3/4  Exporting to ONNX, float32 and int8, and running both files in ONNX Runtime")
+    images = next(iter(DataLoader(test, batch_size=LATENCY_BATCH)))[0]
+    dense_file = export_onnx(dense, out / "dense_fp32.onnx", (images,))
+    int8_file = export_onnx(compressed, out / "compressed_int8.onnx", (images,), ranges=quantization.ranges())
+
+    _say("4/4  Measuring")
+    report = _measure(dense, compressed, quantization, (dense_file, int8_file), test, options)
+    files = report.save(out)
+    files["report.png"] = plot_report(report, out / "report.png", pruning.history)
+    _say("\n" + report.text() + "\n")
+    for name, path in {**files, "dense model": dense_file, "compressed model": int8_file}.items():
+        _say(f"{name:17} {path}")
+    _say(f"{'W&B run (offline)':17} {run_folder}   (upload it with: wandb sync {run_folder})")
+    _say(f"{'wall time':17} {time.perf_counter() - started:.0f} s")
+    return 0
+
+
+def _options(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m lightning_compress demo", description=__doc__)
+    parser.add_argument("--data-dir", help="folder of Fashion-MNIST's four IDX files; default: the embedded subset")
+    parser.add_argument("--out", default="demo_output", help="folder for the models, the report and the W&B run")
+    parser.add_argument("--epochs", type=int, default=16, help="epochs of each of the two fits (default 16)")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(list(argv))
+    if options.epochs < 3:
+        parser.error(f"--epochs must be at least 3, or the schedules have no steps to act in; got {options.epochs}")
+    return options
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def _fit(
+    module: FashionClassifier,
+    train: TensorDataset,
+    test: TensorDataset,
+    epochs: int,
+    out: Path,
+    *,
+    callbacks: list[L.Callback],
+    logger: WandbLogger | bool,
+) -> None:
+    trainer = L.Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        callbacks=callbacks,
+        logger=logger,
+        default_root_dir=out,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        log_every_n_steps=10,
+        num_sanity_val_steps=0,
+    )
+    trainer.fit(module, DataLoader(train, batch_size=64, shuffle=True), DataLoader(test, batch_size=500))
+
+
+def _measure(
+    dense: FashionClassifier,
+    compressed: FashionClassifier,
+    quantization: QuantizationAwareTraining,
+    files: tuple[Path, Path],
+    test: TensorDataset,
+    options: argparse.Namespace,
+) -> Report:
+    images, labels = test.tensors
+    ranges = quantization.ranges()
+    with torch.no_grad():
+        dense_choice = dense.eval()(images).argmax(dim=1)
+        with fake_quantized(compressed.eval(), ranges):
+            fake_choice = compressed(images).argmax(dim=1)
+    choices = [torch.from_numpy(_run(path, images)).argmax(dim=1) for path in files]
+    latency = _latency(files, images[:LATENCY_BATCH])
+    kernels = {name: count for name, count in kernel_counts(files[1]).items() if name.startswith("Q")}
+    before = Measurement(
+        "dense, fp32",
+        {"torch": _share(dense_choice, labels), "ONNX file": _share(choices[0], labels)},
+        *_file_figures(files[0], latency["dense"]),
+    )
+    after = Measurement(
+        "90 % sparse, int8",
+        {"torch": _share(fake_choice, labels), "ONNX file": _share(choices[1], labels)},
+        *_file_figures(files[1], latency["int8"]),
+    )
+    about = {
+        "agreement": f"ONNX int8 file and fake-quant model choose the same class for "
+        f"{_share(choices[1], fake_choice):.1%} of {len(labels)} test images",
+        "pruned": _pruned(compressed, ranges),
+        "int8 kernels": ", ".join(f"{count} {name}" for name, count in sorted(kernels.items())),
+        "latency": f"ONNX Runtime, batch {LATENCY_BATCH}, the two files in turn",
+        "data": f"Fashion-MNIST, {len(labels)} test images, {options.data_dir or 'embedded subset'}",
+        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads in training",
+        "versions": ", ".join(f"{name} {version(name)}" for name in ("torch", "lightning", "onnxruntime")),
+        "seed": f"{options.seed}, {options.epochs} + {options.epochs} epochs",
+    }
+    return compare(before, after, about=about)
+
+
+def _run(path: Path, images: Tensor) -> Any:
+    session = onnx_session(path, threads=1)
+    return session.run(None, {session.get_inputs()[0].name: images.numpy()})[0]
+
+
+def _latency(files: tuple[Path, Path], images: Tensor, threads: int = 1) -> dict[str, Latency]:
+    sessions = {name: onnx_session(path, threads=threads) for name, path in zip(("dense", "int8"), files, strict=True)}
+
+    def call(name: str) -> Any:
+        session = sessions[name]
+        feed = {session.get_inputs()[0].name: images.numpy()}
+        return lambda: session.run(None, feed)
+
+    return compare_latency({name: call(name) for name in sessions}, runs=100, threads=threads)
+
+
+def _file_figures(path: Path, latency: Latency) -> tuple[int, int, int, int, Latency]:
+    count = count_nonzero_onnx(path)
+    return file_bytes(path), zipped_bytes(path), count.nonzero, count.total, latency
+
+
+def _share(choice: Tensor, labels: Tensor) -> float:
+    return float((choice == labels).float().mean())
+
+
+def _pruned(compressed: FashionClassifier, ranges: dict[str, Any]) -> str:
+    """Count over what GradualPruning selects by default: the layers with a range, which are all but the head."""
+    count = count_nonzero({name: compressed.get_submodule(name).get_parameter("weight") for name in ranges})
+    return f"{count.total - count.nonzero} of {count.total} weights are zero in {', '.join(ranges)} (asked: 90 %)"
