@@ -12,7 +12,15 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_compress.errors import CheckpointMismatch, UnsupportedStrategy
 from lightning_compress.select import Pattern
 
-__all__ = ["FORMAT", "check_state", "check_strategy", "described", "is_final_at_setup", "saved_state"]
+__all__ = [
+    "FORMAT",
+    "check_state",
+    "check_strategy",
+    "described",
+    "is_final_at_setup",
+    "nobody_changes_gradients_after",
+    "saved_state",
+]
 
 FORMAT = 1
 
@@ -33,6 +41,17 @@ def check_strategy(trainer: L.Trainer, who: L.Callback) -> None:
 def is_final_at_setup(pl_module: L.LightningModule) -> bool:
     """Say whether all layers exist when `Callback.setup` runs, before the module's own `setup`/`configure_model`."""
     return not any(is_overridden(hook, pl_module, L.LightningModule) for hook in ("setup", "configure_model"))
+
+
+def nobody_changes_gradients_after(who: L.Callback, trainer: L.Trainer, pl_module: L.LightningModule) -> bool:
+    """Say whether gradients reach the optimizer as `who.on_before_optimizer_step` leaves them, clipping apart."""
+    listed: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    later = listed[listed.index(who) + 1 :]
+    module_hooks = ("on_before_optimizer_step", "configure_gradient_clipping", "optimizer_step")
+    return pl_module.automatic_optimization and not (
+        any(is_overridden("on_before_optimizer_step", callback, L.Callback) for callback in later)
+        or any(is_overridden(hook, pl_module, L.LightningModule) for hook in module_hooks)
+    )
 
 
 def described(value: Any) -> Any:

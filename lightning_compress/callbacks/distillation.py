@@ -232,8 +232,8 @@ class Distillation(L.Callback):
         student_logits, teacher_logits = self.outputs(call.output), self.outputs(call_teacher(teacher, args, kwargs))
         if student_logits.shape != teacher_logits.shape:
             raise ValueError(
-                f"teacher and student must have logits of one shape, got {tuple(teacher_logits.shape)} from the teacher "
-                f"{type(teacher).__name__} and {tuple(student_logits.shape)} from the student '{call.name}'; use "
+                f"teacher and student must have logits of one shape, got {tuple(teacher_logits.shape)} from the "
+                f"teacher {type(teacher).__name__} and {tuple(student_logits.shape)} from the student '{call.name}'; use "
                 f"a teacher with the same classes, or pass outputs=a function that makes them equal"
             )
         return self.loss(student_logits, teacher_logits, self.temperature)

@@ -17,6 +17,7 @@ from lightning_compress.callbacks.contract import (
     check_strategy,
     described,
     is_final_at_setup,
+    nobody_changes_gradients_after,
     patterns_or_none,
     saved_state,
 )
@@ -28,7 +29,14 @@ from lightning_compress.pruning.threshold import keep_masks
 from lightning_compress.schedule import Cubic, Moment, Schedule, check_frequency, check_sparsity, resolve_window
 from lightning_compress.select import select_weights
 
-__all__ = ["PRUNABLE", "GradualPruning"]
+__all__ = ["ELEMENTWISE", "PRUNABLE", "GradualPruning"]
+
+# With a zero gradient and zero moments these move a weight by exactly nothing: where masked gradients reach them
+# untouched, masked weights stay zero and the pass over the weights is saved. Others (Muon, LBFGS) mix entries.
+ELEMENTWISE = frozenset(
+    getattr(torch.optim, name)
+    for name in ("Adadelta", "Adagrad", "Adam", "Adamax", "AdamW", "NAdam", "RAdam", "RMSprop", "SGD")
+)
 
 PRUNABLE: tuple[type[nn.Module], ...] = (
     nn.Linear,
@@ -88,6 +96,8 @@ class GradualPruning(L.Callback):
         self._steps = (0, 0, 1)
         self._restored: dict[str, Any] | None = None
         self._unlogged: dict[str, float] = {}
+        self._gradients_masked: Optimizer | None = None
+        self._last_on_gradients = False
 
     @property
     def complete(self) -> bool:
@@ -133,7 +143,11 @@ class GradualPruning(L.Callback):
         def after_step(optimizer: Optimizer, time_moved: bool) -> None:
             if time_moved and self._due(self.clock.steps):
                 self._update(trainer, self.clock.steps)
-            self._apply(self._owned(optimizer))
+            elif not (self._gradients_masked is optimizer and type(optimizer) in ELEMENTWISE):
+                self._apply(self._owned(optimizer))
+            self._gradients_masked = None
+
+        self._last_on_gradients = nobody_changes_gradients_after(self, trainer, pl_module)
 
         self.clock.attach(trainer.optimizers, after_step)
 
@@ -183,6 +197,8 @@ class GradualPruning(L.Callback):
         self._apply(self.weights)
         for average in averaged_models(trainer):
             self._apply(self.masks, average)
+        for optimizer in trainer.optimizers:
+            self._mask_moments(optimizer)
         zeros = sum(int((weight == 0).sum()) for weight in self.weights.values())
         self.history.append((step, target, zeros / total))
         self._unlogged = {
@@ -216,6 +232,15 @@ class GradualPruning(L.Callback):
             if weight is not None:
                 apply_mask(weight, self.masks[name])
 
+    def _mask_moments(self, optimizer: Optimizer) -> None:
+        if isinstance(optimizer, LBFGS):  # its curvature pairs belong to a loss with other weights in it
+            optimizer.state.clear()
+        for name in self._owned(optimizer):
+            weight = self.weights[name]
+            for moment in optimizer.state.get(weight, {}).values():
+                if isinstance(moment, Tensor) and moment.shape == weight.shape:
+                    apply_mask(moment, self.masks[name])
+
     def _mask_gradients(self, names: Iterable[str]) -> None:
         for name in names if self.masks else ():
             gradient = self.weights[name].grad
@@ -226,6 +251,7 @@ class GradualPruning(L.Callback):
         # Before clipping: weights that are out held most of a layer's gradient norm.
         if self.masks:
             self._mask_gradients(self._owned(optimizer))
+            self._gradients_masked = optimizer if self._last_on_gradients else None
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # LBFGS evaluates several gradients inside one step.

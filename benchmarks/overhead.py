@@ -1,0 +1,230 @@
+"""Step time of each callback against the plain step: `python benchmarks/overhead.py`.
+
+Each variant is a real `trainer.fit` in its own thread; a baton lets them take steps in turn, so that the machine's
+drift hits all alike. A step is timed from the batch's start to its end, callbacks included. Printed are medians over
+rounds of the ratio to the plain step of the same round, by CPU time of the thread and by wall clock, on one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import datetime
+import itertools
+import json
+import logging
+import platform
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from models import ImageClassifier, SentenceClassifier, image_batch, sentence_batch
+
+from lightning_compress import Constant, Distillation, GradualPruning, QuantizationAwareTraining
+
+WARMUP = 3
+RUN_STEPS = 10**6
+BUDGETS = {
+    "pruning": 1.01,
+    "fake-quant": 1.6,
+    "fake-quant, compiled": 1.3,
+    "distillation / (student + teacher forward)": 1.03,
+}
+Times = tuple[float, float]
+
+
+class Turns:
+    """Hands a baton round: exactly one variant's thread runs at a time."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.locks = {name: threading.Semaphore(0) for name in names}
+        self.next = dict(zip(names, [*names[1:], names[0]], strict=True))
+        self.failure: BaseException | None = None
+
+    def wait(self, name: str) -> None:
+        self.locks[name].acquire()
+        if self.failure is not None:
+            raise SystemExit
+
+    def pass_on(self, name: str) -> None:
+        self.locks[self.next[name]].release()
+
+    def fail(self, error: BaseException) -> None:
+        self.failure = self.failure or error
+        for lock in self.locks.values():
+            lock.release()
+
+
+class Stopwatch(L.Callback):
+    """Times each step of one variant when its turn comes, and ends the fit; the last callback of the list."""
+
+    def __init__(self, name: str, turns: Turns, steps: int, after: Callable[[Any], object] | None = None) -> None:
+        self.name, self.turns, self.count, self.after = name, turns, steps, after
+        self.steps: list[Times] = []
+        self.extra: list[Times] = []
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, index: int) -> None:
+        self.turns.wait(self.name)
+        self.started = now()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, out: Any, batch: Any, i: int
+    ) -> None:
+        self.steps.append(since(self.started))
+        if self.after is not None:
+            started = now()
+            self.after(batch)
+            self.extra.append(since(started))
+        trainer.should_stop = len(self.steps) >= self.count
+        self.turns.pass_on(self.name)
+
+
+def now() -> Times:
+    return time.thread_time(), time.perf_counter()
+
+
+def since(started: Times) -> Times:
+    cpu, wall = now()
+    return cpu - started[0], wall - started[1]
+
+
+class Endless(torch.utils.data.IterableDataset):
+    """The same batch a million times: the run is long on paper, so that no phase ends while it is timed."""
+
+    def __init__(self, batch: Any) -> None:
+        self.batch = batch
+
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.repeat(self.batch)
+
+    def __len__(self) -> int:
+        return RUN_STEPS
+
+
+def teacher_forward(teacher: torch.nn.Module) -> Callable[[Any], object]:
+    teacher = copy.deepcopy(teacher).eval()
+
+    def run(batch: Any) -> object:
+        with torch.no_grad():
+            if isinstance(batch, dict):
+                return teacher(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+            return teacher(batch[0])
+
+    return run
+
+
+def variants(module: L.LightningModule) -> dict[str, list[L.Callback]]:
+    # Masks from the first step on and no update meanwhile; fake-quant in its dearest phase: observing and rounding.
+    qat = {"window": (0, 1, RUN_STEPS)}
+    return {
+        "plain": [],
+        "pruning": [GradualPruning(Constant(0.9), window=(0, RUN_STEPS), frequency=RUN_STEPS)],
+        "fake-quant": [QuantizationAwareTraining(**qat)],
+        "fake-quant, compiled": [QuantizationAwareTraining(**qat, compiled=True)],
+        "distillation": [Distillation(copy.deepcopy(module.net))],
+    }
+
+
+def measure(make: Callable[[], L.LightningModule], batch: Any, rounds: int) -> dict[str, np.ndarray]:
+    """Return, for each variant, (rounds, 2) seconds of CPU and wall clock."""
+    torch.manual_seed(0)
+    module = make()
+    table = variants(module)
+    turns = Turns(list(table))
+    extra = {"distillation": teacher_forward(module.net)}
+    watches = {name: Stopwatch(name, turns, WARMUP + rounds, extra.get(name)) for name in table}
+
+    def fit(name: str) -> None:
+        torch.set_num_threads(1)  # the pool belongs to the thread
+        try:
+            trainer = L.Trainer(
+                max_epochs=1,
+                accelerator="cpu",
+                callbacks=[*table[name], watches[name]],
+                logger=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                enable_checkpointing=False,
+            )
+            trainer.fit(copy.deepcopy(module), torch.utils.data.DataLoader(Endless(batch), batch_size=None))
+        except BaseException as error:
+            turns.fail(error)
+            raise
+
+    threads = [threading.Thread(target=fit, args=(name,), daemon=True) for name in table]
+    for thread in threads:
+        thread.start()
+    turns.locks["plain"].release()
+    for thread in threads:
+        thread.join()
+    if turns.failure is not None:
+        raise turns.failure
+    times = {name: watch.steps for name, watch in watches.items()}
+    times["teacher forward"] = watches["distillation"].extra
+    return {name: np.array(steps[WARMUP:]) for name, steps in times.items()}
+
+
+def ratios(times: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
+    """Median and quartiles of the per-round ratios, by CPU time and by wall clock."""
+    plain = times["plain"]
+    pairs = {name: (times[name], plain) for name in ("pruning", "fake-quant", "fake-quant, compiled")}
+    pairs["distillation / (student + teacher forward)"] = (times["distillation"], plain + times["teacher forward"])
+    result = {}
+    for name, (variant, reference) in pairs.items():
+        low, middle, high = np.percentile(variant / reference, [25, 50, 75], axis=0)
+        result[name] = {
+            "cpu": float(middle[0]),
+            "cpu_p25": float(low[0]),
+            "cpu_p75": float(high[0]),
+            "wall": float(middle[1]),
+            "budget": BUDGETS[name],
+        }
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--out", default=str(Path(__file__).parent / "results" / "overhead.json"))
+    options = parser.parse_args()
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    cases = {
+        "ResNet-18, 32 x 32, batch 32": (ImageClassifier, image_batch()),
+        "BERT-mini, 64 tokens, batch 16": (SentenceClassifier, sentence_batch()),
+    }
+    record: dict[str, Any] = {
+        "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
+        "machine": f"{platform.processor() or platform.machine()}, 1 thread",
+        "versions": {name: version(name) for name in ("torch", "lightning", "transformers")},
+        "rounds": options.rounds,
+        "cases": {},
+    }
+    for case, (make, batch) in cases.items():
+        times = measure(make, batch, options.rounds)
+        record["cases"][case] = {
+            "plain_step_cpu_s": float(np.median(times["plain"][:, 0])),
+            "ratios": ratios(times),
+        }
+        print(f"\n{case}: plain step {record['cases'][case]['plain_step_cpu_s']:.3f} s of CPU, {options.rounds} rounds")
+        for name, ratio in record["cases"][case]["ratios"].items():
+            spread = f"{ratio['cpu_p25']:.3f} to {ratio['cpu_p75']:.3f}"
+            print(f"  {name:45} {ratio['cpu']:.3f} ({spread})  wall {ratio['wall']:.3f}  budget {ratio['budget']}")
+    out = Path(options.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    print(f"\nwritten to {out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
+
+import lightning_compress.callbacks.pruning as pruning_module
+from lightning_compress import Constant, GradualPruning
+from lightning_compress.callbacks.pruning import ELEMENTWISE
+from lightning_compress.pruning.masks import apply_mask
+
+
+class Net(L.LightningModule):
+    """Counts masked weights that its forward saw as non-zero."""
+
+    def __init__(self, make_optimizer: Any) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 3))
+        self.make_optimizer = make_optimizer
+        self.pruning: GradualPruning | None = None
+        self.violations = 0
+
+    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+        if self.pruning is not None:
+            for name, mask in self.pruning.masks.items():
+                self.violations += int((self.get_parameter(name)[~mask] != 0).sum())
+        return functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return self.make_optimizer(self.parameters())
+
+
+class GradientNoise(L.Callback):
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: Any) -> None:
+        for parameter in pl_module.parameters():
+            if parameter.grad is not None:
+                parameter.grad.add_(torch.randn_like(parameter.grad))
+
+
+def fit(module: Net, callbacks: list[L.Callback], **options: Any) -> None:
+    torch.manual_seed(0)
+    module.pruning = next(c for c in callbacks if isinstance(c, GradualPruning))
+    data = TensorDataset(torch.randn(64, 8), torch.randint(0, 3, (64,)))
+    trainer = L.Trainer(
+        max_epochs=4,
+        accelerator="cpu",
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
+    trainer.fit(module, DataLoader(data, batch_size=8))
+
+
+def pruning() -> GradualPruning:
+    return GradualPruning(0.7, window=(4, 20), frequency=4)
+
+
+OPTIMIZERS = [
+    pytest.param(lambda p, kind=kind: kind(p, lr=0.05, weight_decay=0.1), id=kind.__name__)
+    for kind in sorted(ELEMENTWISE, key=lambda kind: kind.__name__)
+] + [
+    pytest.param(lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True), id="nesterov"),
+    pytest.param(lambda p: torch.optim.AdamW(p, lr=0.05, amsgrad=True, fused=True), id="fused"),
+    pytest.param(lambda p: torch.optim.Adafactor(p, lr=0.05), id="Adafactor"),
+    pytest.param(lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=4), id="LBFGS"),
+]
+
+
+@pytest.mark.parametrize("make_optimizer", OPTIMIZERS)
+def test_no_forward_sees_a_masked_weight(make_optimizer: Any) -> None:
+    callback, module = pruning(), Net(make_optimizer)
+    fit(module, [callback], max_steps=-1)
+    assert module.violations == 0
+    zeros = sum(int((module.get_parameter(name) == 0).sum()) for name in callback.masks)
+    assert zeros == round(0.7 * (8 * 16 + 16 * 16))
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_gradients_changed_by_others_do_not_bring_weights_back(place: int) -> None:
+    module = Net(lambda p: torch.optim.AdamW(p, lr=0.05))
+    callbacks: list[L.Callback] = [pruning()]
+    callbacks.insert(place, GradientNoise())
+    fit(module, callbacks)
+    assert module.violations == 0
+
+
+@pytest.mark.parametrize(
+    ("others", "passes"), [([], 2), ([GradientNoise()], 4)], ids=["weights untouched", "weights masked too"]
+)
+def test_the_pass_over_the_weights_is_saved_where_nothing_can_move_them(
+    others: list[L.Callback], passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: list[int] = []
+
+    def counting(value: torch.Tensor, mask: torch.Tensor) -> None:
+        counted.append(1)
+        apply_mask(value, mask)
+
+    monkeypatch.setattr(pruning_module, "apply_mask", counting)
+    callback = GradualPruning(Constant(0.5), window=(0, 32), frequency=32)
+    module = Net(lambda p: torch.optim.AdamW(p, lr=0.05))
+    fit(module, [callback, *others])
+    at_updates = 2 * (2 + 1) * 2  # two updates: two layers, weight and (up to two) moments, and the start's own pass
+    assert 31 * passes <= len(counted) <= 32 * passes + at_updates + 4
+
+
+def test_masked_weights_are_not_clipped_for() -> None:
+    """Clipping by norm must see only what can move: the update equals the one of the kept weights alone."""
+    norms: list[float] = []
+
+    class Reads(L.Callback):
+        def on_before_zero_grad(self, trainer: L.Trainer, pl_module: Any, optimizer: Any) -> None:
+            gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
+            if gradients:
+                norms.append(float(torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients]))))
+
+    callback = GradualPruning(Constant(0.9), window=(0, 32))
+    module = Net(lambda p: torch.optim.SGD(p, lr=0.01))
+    fit(module, [callback, Reads()], gradient_clip_val=1e-3)
+    for name, mask in callback.masks.items():
+        gradient = module.get_parameter(name).grad
+        assert gradient is not None
+        assert bool((gradient[~mask] == 0).all())
+    # had dead weights taken part, the live ones would be left with less than the whole norm
+    assert norms[-1] == pytest.approx(1e-3, rel=1e-3)
