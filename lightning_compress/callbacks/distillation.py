@@ -12,6 +12,7 @@ import lightning.pytorch as L
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.callbacks.clock import restore_data_place
 from lightning_compress.callbacks.contract import check_state, check_strategy, described, is_final_at_setup, saved_state
 from lightning_compress.callbacks.order import Claim, check_together
 from lightning_compress.callbacks.probe import first_student_call
@@ -126,6 +127,10 @@ class Distillation(L.Callback):
                 self._listening = True
             self.teacher = trainer.precision_plugin.convert_module(self.teacher).to(pl_module.device)
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.teacher is not None:
+            restore_data_place(trainer)
+
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._release()
 
@@ -149,6 +154,8 @@ class Distillation(L.Callback):
     def _around_step(
         self, pl_module: L.LightningModule, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        if not pl_module.trainer.training:  # a validation_step that calls training_step wants the task's loss
+            return original(*args, **kwargs)
         searching = None if self._listening else self._tap.attach_outermost(pl_module)
         self._batch = args[0] if args else next(iter(kwargs.values()))
         self._tap.open = True
@@ -233,8 +240,8 @@ class Distillation(L.Callback):
         if student_logits.shape != teacher_logits.shape:
             raise ValueError(
                 f"teacher and student must have logits of one shape, got {tuple(teacher_logits.shape)} from the "
-                f"teacher {type(teacher).__name__} and {tuple(student_logits.shape)} from the student '{call.name}'; use "
-                f"a teacher with the same classes, or pass outputs=a function that makes them equal"
+                f"teacher {type(teacher).__name__} and {tuple(student_logits.shape)} from the student "
+                f"'{call.name}'; use a teacher with the same classes, or pass outputs=a function that makes them equal"
             )
         return self.loss(student_logits, teacher_logits, self.temperature)
 

@@ -20,6 +20,8 @@ from lightning_compress.quantization.grid import weight_scale
 
 __all__ = ["compiled_functions", "compiler_available", "fake_quantize_input", "fake_quantize_weight"]
 
+Kernel = Callable[..., Tensor]
+
 # Values up to half a step outside the grid still round onto it and keep their gradient; the margin below one
 # half keeps the rounding itself on the grid.
 MARGIN = 0.4999
@@ -93,13 +95,56 @@ def fake_quantize_input(value: Tensor, scale: Tensor, zero_point: Tensor, bits: 
     return (clipped + ((clipped / scale).round() * scale - clipped).detach()).to(value.dtype)
 
 
+class _InputRounding(torch.autograd.Function):
+    """`fake_quantize_input` with its forward and backward as two kernels: rounding, and the gradient's gate."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, grid: tuple[Any, Any, int], rounding: Kernel, gate: Kernel) -> Tensor:
+        ctx.save_for_backward(value)
+        ctx.grid, ctx.gate = grid, gate
+        return rounding(value.detach(), *grid)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        (value,) = ctx.saved_tensors
+        return ctx.gate(gradients[0], value.detach(), *ctx.grid), None, None, None
+
+
+def _bounds(scale: Any, zero_point: Any, bits: int) -> tuple[Any, Any]:
+    return (-zero_point - MARGIN) * scale, (2**bits - 1 - zero_point + MARGIN) * scale
+
+
+def _round_formula(value: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    low, high = _bounds(scale, zero_point, bits)
+    clipped = torch.minimum(torch.maximum(value.float(), low), high)
+    return ((clipped / scale).round() * scale).to(value.dtype)
+
+
+def _gate_formula(gradient: Tensor, value: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    low, high = _bounds(scale, zero_point, bits)
+    return torch.where((value > low) & (value < high), gradient, 0.0)
+
+
+def _round_in_place(value: Tensor, scale: float, zero_point: float, bits: int) -> Tensor:
+    # Five passes over memory where the formula takes seven; the first makes the copy the others work in.
+    clipped = functional.hardtanh(value.float(), *_bounds(scale, zero_point, bits))
+    return clipped.div_(scale).round_().mul_(scale).to(value.dtype)
+
+
+def _gate_fused(gradient: Tensor, value: Tensor, scale: float, zero_point: float, bits: int) -> Tensor:
+    return torch.ops.aten.hardtanh_backward(gradient, value, *_bounds(scale, zero_point, bits))  # type: ignore[no-any-return]
+
+
 def fake_quantize_input_eager(value: Tensor, scale: Tensor, zero_point: Tensor, bits: int = 8) -> Tensor:
     """Compute `fake_quantize_input` with the fewest passes over memory that uncompiled operators allow."""
-    step, zero = float(scale), float(zero_point)
-    clipped = functional.hardtanh(value.float(), (-zero - MARGIN) * step, (2**bits - 1 - zero + MARGIN) * step)
-    with torch.no_grad():
-        rounded = (clipped / scale).round_().mul_(scale)
-    return straight_through(clipped, rounded).to(value.dtype)
+    if value.device.type != "cpu":  # reading the grid as numbers would wait for the device
+        return _rounded(value, (scale, zero_point, bits), _round_formula, _gate_formula)
+    return _rounded(value, (scale.item(), zero_point.item(), bits), _round_in_place, _gate_fused)
+
+
+def _rounded(value: Tensor, grid: tuple[Any, Any, int], rounding: Kernel, gate: Kernel) -> Tensor:
+    result: Tensor = _InputRounding.apply(value, grid, rounding, gate)  # type: ignore[no-untyped-call]
+    return result
 
 
 def compiler_available(device: torch.device) -> bool:
@@ -109,18 +154,27 @@ def compiler_available(device: torch.device) -> bool:
     return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))
 
 
-def _input_rows(function: Callable[..., Tensor], value: Tensor, *grid: Any) -> Tensor:
-    # One rank for all inputs: each further rank would be compiled again and count against Dynamo's limit.
-    return function(value.flatten(), *grid).view(value.shape) if value.is_contiguous() else function(value, *grid)
-
-
 @functools.cache
-def compiled_functions() -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-    """Return (round_weight, fake_quantize_input) compiled once per process with dynamic shapes."""
-    rounding = torch.compile(round_weight, dynamic=True)
-    clipping = torch.compile(fake_quantize_input, dynamic=True)
+def compiled_functions() -> tuple[Kernel, Kernel]:
+    """Return (round_weight, fake_quantize_input), their kernels compiled once per process with dynamic shapes."""
+    rounding, gate = torch.compile(_round_formula, dynamic=True), torch.compile(_gate_formula, dynamic=True)
+    weight_rounding = torch.compile(round_weight, dynamic=True)
+
+    # One rank for all tensors: each further rank would be compiled again and count against Dynamo's limit.
+    def flat(kernel: Kernel) -> Kernel:
+        def run(first: Tensor, *rest: Any) -> Tensor:
+            tensors = [first, *(item for item in rest if isinstance(item, Tensor) and item.dim())]
+            if not all(tensor.is_contiguous() for tensor in tensors):
+                return kernel(first, *rest)
+            rows = [item.view(-1) if isinstance(item, Tensor) and item.dim() else item for item in rest]
+            return kernel(first.view(-1), *rows).view(first.shape)
+
+        return run
 
     def weights(weight: Tensor, bits: int = 8) -> Tensor:
-        return rounding(weight.detach().flatten(1), bits).view_as(weight)
+        return weight_rounding(weight.detach().flatten(1), bits).view_as(weight)
 
-    return weights, functools.partial(_input_rows, clipping)
+    def inputs(value: Tensor, scale: Tensor, zero_point: Tensor, bits: int = 8) -> Tensor:
+        return _rounded(value, (scale, zero_point, bits), flat(rounding), flat(gate))
+
+    return weights, inputs
