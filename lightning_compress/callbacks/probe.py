@@ -34,7 +34,7 @@ def _examples(loader: DataLoader[Any]) -> Any:
 
 
 def _example_batch(trainer: L.Trainer) -> Any:
-    _ = trainer.estimated_stepping_batches  # loads the training data
+    trainer.fit_loop.setup_data()
     batch = apply_to_collection(trainer.train_dataloader, DataLoader, _examples)
     if batch is trainer.train_dataloader:  # not a torch DataLoader
         raise _NoExamplesError
