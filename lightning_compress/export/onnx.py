@@ -1,0 +1,143 @@
+"""Write a module as an ONNX file, float32 or int8 with trained ranges, checked before it is kept."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from lightning_compress.errors import CompressError, NothingToCompress
+from lightning_compress.export.runtime import kernel_counts, onnx_session, require, run_onnx
+from lightning_compress.export.tracing import Inputs, evaluating, inputs_beside, strip, traced
+from lightning_compress.export.verify import verify_file
+from lightning_compress.quantization.attach import QUANTIZABLE, STATE, check_weight
+from lightning_compress.quantization.grid import Range
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+__all__ = ["export_onnx", "kernel_counts", "onnx_session", "run_onnx"]
+
+LARGEST_FILE_BYTES = 2**31 - 1  # protobuf's limit of one message
+
+
+def export_onnx(
+    module: nn.Module,
+    path: str | Path,
+    example_inputs: Inputs,
+    *,
+    ranges: Mapping[str, Range] | None = None,
+    dynamic_batch: bool = True,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    verify: bool = True,
+) -> Path:
+    """Write an ONNX file of a module in eval mode: float32, or int8 where a layer has a range. Runs after `fit`.
+
+    The module is left as it was, also after an error. `path` appears only once the file has passed its check, which
+    runs it in ONNX Runtime on `example_inputs` (`verify_file` says what must agree).
+
+    On x86 ONNX Runtime runs a Linear with a range in int8 wherever it stands, a Conv where only a ReLU, maximum pooling
+    or a reshape lies between it and the next layer with a range; `kernel_counts` shows what became of them.
+
+    Args:
+        module: any module with float32 parameters, on any device; a LightningModule needs its `forward`.
+        path: the file to write; missing folders are made.
+        example_inputs: what `module(*inputs)` or, for a dict, `module(**inputs)` takes; real data, for the check.
+        ranges: name of a layer in `module` -> its range, from `QuantizationAwareTraining.ranges()`; None writes
+            float32.
+        dynamic_batch: leave the first size of every input open; the inputs must agree in it.
+        input_names: names in the file; None takes those of `forward`.
+        output_names: names in the file; None takes the exporter's.
+        verify: run the check.
+
+    Raises:
+        ImportError: a package of the `onnx` extra is missing.
+        ValueError: a parameter is not float32; a range names no Linear or Conv layer, or one that `forward` does not
+            use; the inputs' first sizes differ.
+        IncompatibleCallbacks: a layer in `ranges` has a reparametrized weight.
+        NothingToCompress: `ranges` is empty.
+        CompressError: fake-quantization is still attached; `forward` cannot be exported; the file would pass 2 GiB,
+            or does not compute what the module does.
+    """
+    module = getattr(module, "_orig_mod", module)  # torch.compile wraps
+    require("onnx", "onnx_ir", "onnxscript", *(["onnxruntime"] if verify else []))
+    _check_module(module)
+    if ranges is not None:
+        _check_ranges(module, ranges)
+    inputs, path = inputs_beside(module, example_inputs), Path(path)
+    with evaluating(module):
+        model = traced(module, inputs, dynamic_batch, input_names, output_names)
+        if ranges is not None:
+            from lightning_compress.export.qdq import insert_qdq  # needs onnx-ir, an optional package
+
+            insert_qdq(model, module, ranges)
+        strip(model)
+        with _written_at_the_end(path) as unfinished:
+            unfinished.write_bytes(_serialized(model))
+            if verify:
+                verify_file(unfinished, module, inputs, ranges, dynamic_batch)
+    return path
+
+
+def _check_module(module: nn.Module) -> None:
+    for name, tensor in module.named_parameters():
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+            raise ValueError(
+                f"export_onnx needs float32 parameters, got {tensor.dtype} in '{name}'; call module.float() first"
+            )
+    attached = [name for name, layer in module.named_modules() if STATE in layer.__dict__]
+    if attached:
+        raise CompressError(
+            f"export_onnx needs the plain module, but fake-quantization is attached to {attached[0]!r} and "
+            f"{len(attached) - 1} more; export after fit has ended"
+        )
+
+
+def _check_ranges(module: nn.Module, ranges: Mapping[str, Range]) -> None:
+    if not ranges:
+        raise NothingToCompress(
+            "export_onnx got empty ranges; pass QuantizationAwareTraining(...).ranges() after fit, or None for float32"
+        )
+    layers = dict(module.named_modules(remove_duplicate=False))
+    unknown = sorted(name for name in ranges if not isinstance(layers.get(name), QUANTIZABLE))
+    if unknown:
+        raise ValueError(
+            f"expected ranges of Linear or Conv layers of {type(module).__name__}, got {unknown}; use the names of its "
+            "named_modules() (for a part of the trained module, cut the part's own name off)"
+        )
+    for name, trained in ranges.items():
+        check_weight(name, layers[name])
+        if not (math.isfinite(trained.low) and math.isfinite(trained.high) and trained.low <= trained.high):
+            raise ValueError(f"expected finite low <= high in the range of '{name}', got {trained}")
+        if not (1 <= trained.bits <= 8 and 2 <= trained.weight_bits <= 8):
+            raise ValueError(f"int8 ONNX holds inputs of 1 to 8 and weights of 2 to 8 bits, got {trained} for '{name}'")
+
+
+def _serialized(model: ir.Model) -> bytes:
+    import onnx_ir as ir
+
+    constants = [value.const_value for value in model.graph.initializers.values()]
+    size_bytes = sum(constant.nbytes for constant in constants if constant is not None)
+    if size_bytes > LARGEST_FILE_BYTES:
+        raise CompressError(f"one ONNX file holds less than 2 GiB, got {size_bytes} bytes of weights; export parts")
+    serialized: bytes = ir.to_proto(model).SerializeToString(deterministic=True)
+    return serialized
+
+
+@contextmanager
+def _written_at_the_end(path: Path) -> Iterator[Path]:
+    """Give a path beside `path` to write to; move it there unless the block raises."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    try:
+        yield unfinished
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)

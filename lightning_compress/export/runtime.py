@@ -1,0 +1,93 @@
+"""Run ONNX files in ONNX Runtime on the CPU: outputs, sessions to time, and which kernels really run."""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+__all__ = ["kernel_counts", "onnx_session", "require", "run_onnx"]
+
+ERRORS_ONLY = 3  # ONNX Runtime's severity; its warnings go past Python's
+
+
+def require(*packages: str) -> None:
+    """Raise if a package of the `onnx` extra is missing. Runs before any work.
+
+    Raises:
+        ImportError: names what is missing, and the cure.
+    """
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(
+            f"ONNX export and its check need {', '.join(missing)}; pip install 'lightning-compress[onnx]'"
+        )
+
+
+def onnx_session(path: str | Path, threads: int = 1, *, optimized: Path | None = None) -> onnxruntime.InferenceSession:
+    """Open an ONNX file for the CPU, on `threads` threads.
+
+    Args:
+        path: the file.
+        threads: threads within one operator; operators run one after the other.
+        optimized: where to write the graph that ONNX Runtime makes of it, None to keep it in memory.
+
+    Raises:
+        ImportError: onnxruntime is missing.
+        ValueError: `threads` is below 1.
+    """
+    require("onnxruntime")
+    import onnxruntime
+
+    if threads < 1:
+        raise ValueError(f"onnx_session needs threads of at least 1, got {threads}")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = ERRORS_ONLY
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def run_onnx(path: str | Path, *arrays: np.ndarray, threads: int = 1) -> list[np.ndarray]:
+    """Run an ONNX file once and return all outputs; to run it often, keep an `onnx_session`.
+
+    Args:
+        path: the file.
+        arrays: its inputs in the file's order, each of the file's dtype.
+        threads: threads within one operator.
+
+    Raises:
+        ValueError: the file has another number of inputs.
+    """
+    session = onnx_session(path, threads)
+    names = [each.name for each in session.get_inputs()]
+    if len(names) != len(arrays):
+        raise ValueError(f"expected {len(names)} arrays for the inputs {names} of {path}, got {len(arrays)}")
+    return [np.asarray(output) for output in session.run(None, dict(zip(names, arrays, strict=True)))]
+
+
+def kernel_counts(path: str | Path, threads: int = 1) -> dict[str, int]:
+    """Count the operators of the graph that ONNX Runtime really runs, most frequent first.
+
+    `QLinearConv`, `QGemm`, `QLinearMatMul` and `MatMulIntegerToFloat` compute on integers; a `Conv`,
+    `FusedConv`, `Gemm`, `FusedGemm` or `MatMul` computes in float.
+
+    Raises:
+        ImportError: onnx or onnxruntime is missing.
+    """
+    require("onnx", "onnxruntime")
+    import onnx
+
+    with tempfile.TemporaryDirectory() as folder:
+        optimized = Path(folder) / "optimized.onnx"
+        onnx_session(path, threads, optimized=optimized)
+        return dict(Counter(node.op_type for node in onnx.load(str(optimized)).graph.node).most_common())

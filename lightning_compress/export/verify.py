@@ -1,0 +1,118 @@
+"""Check that an ONNX file computes what the module does, before the file is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lightning_compress.errors import CompressError
+from lightning_compress.export.runtime import run_onnx
+from lightning_compress.export.tracing import Inputs, has_batch
+from lightning_compress.quantization.attach import fake_quantized
+from lightning_compress.quantization.grid import Range
+
+__all__ = ["sqnr_db", "verify_file"]
+
+FLOAT_TOLERANCE = 1e-3
+LEAST_SQNR_DB = 20.0
+LEAST_SQNR_OF_NARROW_INPUTS_DB = 10.0
+
+
+def verify_file(
+    path: Path, module: nn.Module, inputs: Inputs, ranges: Mapping[str, Range] | None, dynamic_batch: bool
+) -> None:
+    """Run the file and the module on the same inputs, one thread, and compare every floating-point output.
+
+    Without ranges the largest difference must stay below 1e-3 of the largest output. With ranges the file must reach
+    20 dB of signal to noise against the module inside `fake_quantized`. They differ by the rounding of int32 biases,
+    which moves some sums to the next code: with 8-bit inputs even untrained networks reach 40 dB. Inputs of fewer bits
+    have coarser biases too, so 10 dB are asked where there are any. An open batch is tried at another size than the
+    traced one.
+
+    Raises:
+        CompressError: `forward` refuses another batch size, or the outputs differ in shape or value; with the figure.
+    """
+    import onnx
+
+    onnx.checker.check_model(str(path), full_check=True)
+    inputs = _with_another_batch(inputs) if dynamic_batch else inputs
+    with fake_quantized(module, ranges) if ranges is not None else nullcontext():
+        expected = _outputs(module, inputs, dynamic_batch)
+    got = run_onnx(path, *_arrays(inputs))
+    shapes = [each.shape for each in expected], [each.shape for each in got]
+    if shapes[0] != shapes[1]:
+        raise CompressError(f"expected outputs of the shapes {shapes[0]} from the ONNX file, got {shapes[1]}")
+    narrow = ranges is not None and any(trained.bits < 8 for trained in ranges.values())
+    for index, (reference, output) in enumerate(zip(expected, got, strict=True)):
+        if reference.dtype.kind != "f" or not reference.size:
+            continue
+        if ranges is None:
+            _compare_float(index, reference, output)
+        else:
+            least_db = LEAST_SQNR_OF_NARROW_INPUTS_DB if narrow else LEAST_SQNR_DB
+            _compare_rounded(index, reference, output, least_db)
+
+
+def _with_another_batch(inputs: Inputs) -> Inputs:
+    """Repeat the first example, except where there is only one, which was traced as two."""
+
+    def grown(leaf: Any) -> Any:
+        return torch.cat([leaf, leaf[:1]]) if has_batch(leaf) and len(leaf) > 1 else leaf
+
+    other: Inputs = pytree.tree_map(grown, inputs)
+    return other
+
+
+def _outputs(module: nn.Module, inputs: Inputs, dynamic_batch: bool) -> list[np.ndarray]:
+    try:
+        return _arrays(module(**inputs) if isinstance(inputs, dict) else module(*inputs))
+    except RuntimeError as error:
+        if not dynamic_batch:
+            raise
+        raise CompressError(
+            f"dynamic_batch=True needs a forward that takes any batch size, but one more example ends in: {error}; "
+            "pass dynamic_batch=False"
+        ) from error
+
+
+def sqnr_db(reference: np.ndarray, rounded: np.ndarray) -> float:
+    """Return the signal-to-quantization-noise ratio 10 log10(sum r^2 / sum (r - q)^2) in decibels.
+
+    >>> sqnr_db(np.array([10.0, 0.0]), np.array([10.0, 1.0]))
+    20.0
+    """
+    signal = float(np.square(reference, dtype=np.float64).sum())
+    noise = float(np.square(np.subtract(reference, rounded, dtype=np.float64)).sum())
+    if noise == 0:
+        return float("inf")
+    return float(10 * np.log10(signal / noise)) if signal > 0 else float("-inf")
+
+
+def _arrays(tree: object) -> list[np.ndarray]:
+    return [leaf.detach().cpu().numpy() for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _compare_float(index: int, reference: np.ndarray, output: np.ndarray) -> None:
+    largest = max(float(np.abs(reference).max()), float(np.finfo(np.float32).tiny))
+    error = float(np.abs(reference - output).max()) / largest
+    if not error <= FLOAT_TOLERANCE:  # NaN too
+        raise CompressError(
+            f"the ONNX file is not the module: output {index} differs by {error:.2g} of its largest value, "
+            f"expected at most {FLOAT_TOLERANCE:g}; look in forward for randomness, branches on values, or NaN"
+        )
+
+
+def _compare_rounded(index: int, reference: np.ndarray, output: np.ndarray, least_db: float) -> None:
+    ratio_db = sqnr_db(reference, output)
+    if not ratio_db >= least_db:
+        raise CompressError(
+            f"the int8 ONNX file is not the fake-quantized module: output {index} has {ratio_db:.1f} dB of signal "
+            f"to noise, expected at least {least_db:g}; see that the ranges were trained with these weights"
+        )
