@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 Schedule = Callable[[float], float]
-Moment = float | int
+Moment = int | float  # int first: command lines try the types in this order, and a float takes any number
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Cubic:
 
     def __call__(self, progress: float) -> float:
         """Return the value at `progress`."""
-        return self.final + (self.initial - self.final) * (1.0 - progress) ** 3
+        return self.final + (self.initial - self.final) * (1.0 - progress) ** 3 if progress > 0.0 else self.initial
 
 
 def resolve_moment(moment: Moment, total_steps: int, name: str) -> int:
