@@ -40,7 +40,7 @@ def _matches(pattern: Pattern, name: str, layer: nn.Module) -> bool:
 def _matches_within(pattern: Pattern, name: str, modules: Mapping[str, nn.Module]) -> bool:
     # A pattern that matches a container selects what is inside it.
     parts = name.split(".")
-    inside = (".".join(parts[: end + 1]) for end in range(len(parts)))
+    inside = (".".join(parts[:end]) for end in range(len(parts) + 1))
     return any(_matches(pattern, path, modules[path]) for path in inside if path in modules)
 
 
@@ -94,16 +94,16 @@ def select_layers(
     for name, layer in modules.items():
         if not isinstance(layer, kinds):
             continue
-        if isinstance(getattr(layer, "weight", None), UninitializedParameter):
-            raise NothingToCompress(
-                f"'{name}' is lazy and has no weight yet; run one forward before fit, or exclude it"
-            )
         if any(_matches_within(pattern, name, modules) for pattern in excluded):
             skipped[name] = "excluded"
         elif include is not None and not any(_matches_within(pattern, name, modules) for pattern in included):
             skipped[name] = "not included"
         elif include is None and name == head:
             skipped[name] = "output head"
+        elif isinstance(getattr(layer, "weight", None), UninitializedParameter):
+            raise NothingToCompress(
+                f"'{name}' is lazy and has no weight yet; run one forward before fit, or exclude it"
+            )
         else:
             layers[name] = layer
     if not layers:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 __all__ = ["all_reduce_max", "all_reduce_sum", "clean_name", "world_size"]
 
-WRAPPERS = ("_fsdp_wrapped_module.", "_orig_mod.", "_checkpoint_wrapped_module.", "_forward_module.")
+WRAPPERS = frozenset({"_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module", "_forward_module"})
 
 
 def clean_name(name: str) -> str:
@@ -17,9 +17,7 @@ def clean_name(name: str) -> str:
     >>> clean_name("model._orig_mod.0.weight")
     'model.0.weight'
     """
-    for prefix in WRAPPERS:
-        name = name.replace(prefix, "")
-    return name
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def world_size() -> int:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import sys
-from contextlib import nullcontext
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as L
@@ -16,10 +18,21 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_compress.distillation.taps import Call, StudentSeen, Tap
 
-__all__ = ["first_student_call"]
+__all__ = ["first_student_call", "uncompiled"]
 
 # A trial forward on the CPU of a larger model would cost more than failing in the first step.
 MOST_PARAMETERS = 300_000_000
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Run compiled models eagerly in the block: Dynamo cannot trace the global hooks that look for the student."""
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
+    with warnings.catch_warnings(), torch.compiler.set_stance("force_eager"):
+        warnings.filterwarnings("ignore", r"Using `torch.compile\(module\)` when there are global hooks")
+        yield
 
 
 class _NoExamplesError(Exception):
@@ -28,13 +41,12 @@ class _NoExamplesError(Exception):
 
 def _examples(loader: DataLoader[Any]) -> Any:
     dataset = loader.dataset
-    if isinstance(dataset, IterableDataset) or loader.batch_size is None or not hasattr(dataset, "__len__"):
+    if isinstance(dataset, IterableDataset) or loader.batch_sampler is None or not hasattr(dataset, "__len__"):
         raise _NoExamplesError
     return loader.collate_fn([dataset[index] for index in range(min(2, len(dataset)))])
 
 
 def _example_batch(trainer: L.Trainer) -> Any:
-    trainer.fit_loop.setup_data()
     batch = apply_to_collection(trainer.train_dataloader, DataLoader, _examples)
     if batch is trainer.train_dataloader:  # not a torch DataLoader
         raise _NoExamplesError
@@ -48,6 +60,20 @@ def _run_step(pl_module: L.LightningModule, batch: Any) -> None:
     batch = pl_module.transfer_batch_to_device(pl_module.on_before_batch_transfer(batch, 0), pl_module.device, 0)
     batch = pl_module.on_after_batch_transfer(batch, 0)
     pl_module.training_step(batch, *([0] if "batch_idx" in names else []))
+
+
+def _call_student(trainer: L.Trainer, pl_module: L.LightningModule) -> Any:
+    # Nothing may leave: isolate_rng puts the generators back only after a block without an exception.
+    batch = None
+    try:
+        batch = _example_batch(trainer)
+        pl_module.eval()
+        _run_step(pl_module, batch)
+    except StudentSeen:
+        pass
+    except Exception as error:  # noqa: BLE001 - the same code runs again, unguarded, in the first step
+        rank_zero_debug(f"teacher and student are compared in the first step, the trial run failed: {error!r}")
+    return batch
 
 
 def first_student_call(
@@ -68,17 +94,10 @@ def first_student_call(
     tap = Tap(open=True, stop=True)
     remove = tap.attach_outermost(pl_module) if student is None else tap.attach(pl_module, student)
     modes = [(module, module.training) for module in pl_module.modules()]
-    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
-    batch = None
     try:
-        with isolate_rng(), torch.enable_grad(), eager:
-            batch = _example_batch(trainer)
-            pl_module.eval()
-            _run_step(pl_module, batch)
-    except StudentSeen:
-        pass
-    except Exception as error:  # noqa: BLE001 - the same code runs again, unguarded, in the first step
-        rank_zero_debug(f"teacher and student are compared in the first step, the trial run failed: {error!r}")
+        trainer.fit_loop.setup_data()  # what it draws stays drawn: the run will not load its data again
+        with isolate_rng(), torch.enable_grad(), uncompiled():
+            batch = _call_student(trainer, pl_module)
     finally:
         remove()
         for module, training in modes:

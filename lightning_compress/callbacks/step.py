@@ -59,15 +59,22 @@ class Interception:
             self.owner.__dict__[self.method] = self.replaced
 
     def _plain(self) -> Callable[..., Any]:
+        # A method that the user put on this instance alone goes with the copy; a compiled one is bound to the original.
+        if isinstance(self.replaced, types.MethodType) and self.replaced.__self__ is self.owner:
+            return self.replaced.__func__
         return getattr(type(self.owner), self.method)  # type: ignore[no-any-return]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
-        """Give a copy of the module its class's own method."""
+        """Give a copy of the module the plain method, bound to the copy."""
         return types.MethodType(self._plain(), memo.get(id(self.owner), self.owner))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle as the class's own method."""
-        return types.MethodType, (self._plain(), self.owner)
+        """Pickle as the plain method."""
+        return _bound, (self._plain(), self.owner)
+
+
+def _bound(function: Callable[..., Any], owner: L.LightningModule) -> types.MethodType:
+    return types.MethodType(function, owner)  # a function of ours, because the type itself has no name to pickle
 
 
 def intercept(pl_module: L.LightningModule, method: str, client: Client) -> Callable[[], None]:

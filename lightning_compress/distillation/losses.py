@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 from torch.nn import functional
 
@@ -28,5 +30,6 @@ def soft_targets(student: Tensor, teacher: Tensor, temperature: float = 2.0) -> 
     """
     wanted = functional.log_softmax(teacher.float() / temperature, dim=-1)
     got = functional.log_softmax(student.float() / temperature, dim=-1)
-    divergence = functional.kl_div(got, wanted, reduction="none", log_target=True).sum(dim=-1)
+    terms = functional.kl_div(got, wanted, reduction="none", log_target=True)
+    divergence = terms.masked_fill(wanted == -math.inf, 0.0).sum(dim=-1)  # a class masked out: 0 log 0 = 0
     return divergence.mean() * temperature**2

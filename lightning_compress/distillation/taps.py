@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 __all__ = ["Call", "StudentSeen", "Tap", "logits_of"]
@@ -77,18 +78,22 @@ class Tap:
             depth += self.open and id(module) in names
 
         def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if self.open and depth == 1 and id(module) in names:
+                self.collect(Call(names[id(module)], args, kwargs, output))
+
+        def close(module: nn.Module, args: Any, output: Any) -> None:  # also when a forward raised
             nonlocal depth
-            if self.open and id(module) in names:
-                depth -= 1
-                if depth == 0:
-                    self.collect(Call(names[id(module)], args, kwargs, output))
+            depth -= self.open and id(module) in names
 
         before = register_module_forward_pre_hook(enter)
         after = register_module_forward_hook(leave, with_kwargs=True)
+        last = register_module_forward_hook(close, always_call=True)
 
         def remove() -> None:
-            before.remove()
-            after.remove()
+            for handle in (before, after, last):
+                handle.remove()
+            # torch's own removal forgets this entry, and each compiled module warns of it.
+            torch_module._global_forward_hooks_with_kwargs.pop(after.id, None)
 
         return remove
 

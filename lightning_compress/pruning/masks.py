@@ -32,7 +32,7 @@ def apply_mask(value: Tensor, mask: Tensor) -> None:
     if not integers.is_contiguous():
         integers.mul_(mask.view(torch.int8))
         return
-    pieces, kept = torch.split(integers.view(-1), PIECE), torch.split(mask.view(-1).view(torch.int8), PIECE)
+    pieces, kept = torch.split(integers.view(-1), PIECE), torch.split(mask.reshape(-1).view(torch.int8), PIECE)
     for piece, keep in zip(pieces, kept, strict=True):
         piece.mul_(keep)
 

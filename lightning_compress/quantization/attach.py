@@ -22,6 +22,7 @@ from lightning_compress.errors import IncompatibleCallbacks, NothingToCompress
 from lightning_compress.quantization import fake
 from lightning_compress.quantization.grid import Range, input_grid
 from lightning_compress.quantization.observers import widen
+from lightning_compress.sharding import clean_name
 
 __all__ = ["QUANTIZABLE", "FakeQuant", "Phase", "attach", "detach", "fake_quantized"]
 
@@ -82,14 +83,14 @@ class FakeQuant:
 
     def rounded_input(self, value: Tensor) -> Tensor:
         """Return the fake-quantized input."""
+        if value.is_nested:  # nn.TransformerEncoder packs padded batches so in evaluation
+            return torch.nested.as_nested_tensor([self.rounded_input(row) for row in value.unbind()])
         scale, zero_point = input_grid(-self.extremes[0], self.extremes[1], self.bits)
         if torch.compiler.is_compiling():
             return fake.fake_quantize_input(value, scale, zero_point, self.bits)
         if self.compiled:
             return fake.compiled_functions()[1](value, scale, zero_point, self.bits)
-        if value.device.type == "cpu":
-            return fake.fake_quantize_input_eager(value, scale, zero_point, self.bits)
-        return fake.fake_quantize_input(value, scale, zero_point, self.bits)
+        return fake.fake_quantize_input_eager(value, scale, zero_point, self.bits)
 
 
 def _before_forward(
@@ -97,14 +98,18 @@ def _before_forward(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     state: FakeQuant = module.__dict__[STATE]
     state.shadowed.append(module.__dict__.get("weight", ABSENT))
-    value = args[0] if args else kwargs["input"]
+    # A foreign forward may have its own name for the input.
+    name = "input" if "input" in kwargs else next((n for n, v in kwargs.items() if isinstance(v, Tensor)), "")
+    if not args and not name:  # the forward itself says best what is missing
+        return args, kwargs
+    value = args[0] if args else kwargs[name]
     # Gradients are off in validation; a recomputation under activation checkpointing sees the same extremes again.
-    if state.phase in (Phase.OBSERVE, Phase.ROUND) and module.training and torch.is_grad_enabled():
+    if state.phase in (Phase.OBSERVE, Phase.ROUND) and torch.is_grad_enabled():
         state.pending = widen(state.pending, value)
     if state.phase >= Phase.ROUND:
         module.__dict__["weight"] = state.rounded_weight(module.weight)  # type: ignore[arg-type]
         value = state.rounded_input(value)
-    return ((value, *args[1:]), kwargs) if args else (args, {**kwargs, "input": value})
+    return ((value, *args[1:]), kwargs) if args else (args, {**kwargs, name: value})
 
 
 def _after_forward(module: nn.Module, args: Any, output: Any) -> None:
@@ -179,7 +184,8 @@ def fake_quantized(module: nn.Module, ranges: Mapping[str, Range]) -> Iterator[n
     """
     if not ranges:
         raise NothingToCompress("fake_quantized got no ranges; pass QuantizationAwareTraining(...).ranges() after fit")
-    layers = {name: module.get_submodule(name) for name in ranges}
+    clean = {clean_name(name): layer for name, layer in module.named_modules(remove_duplicate=False)}
+    layers = {name: clean[name] if name in clean else module.get_submodule(name) for name in ranges}
     try:
         for name, layer in layers.items():
             trained = ranges[name]

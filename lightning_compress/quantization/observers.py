@@ -19,6 +19,8 @@ def widen(pending: Tensor | None, value: Tensor) -> Tensor:
     >>> widen(None, torch.tensor([-1.0, 3.0]))
     tensor([1., 3.])
     """
+    if value.numel() == 0:  # as a detector's layer gets when nothing was found
+        return value.new_full((2,), float("-inf"), dtype=torch.float32) if pending is None else pending
     low, high = torch.aminmax(value.detach())
     seen = torch.stack([-low, high]).float()
     return seen if pending is None else torch.maximum(pending, seen)

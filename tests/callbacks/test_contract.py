@@ -1,0 +1,120 @@
+"""What all callbacks check in the same words: strategies, saved recipes, and layers that come late."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from types import SimpleNamespace
+
+import lightning.pytorch as L
+import pytest
+import torch
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from torch import nn
+
+from lightning_compress.callbacks.contract import (
+    FORMAT,
+    check_state,
+    check_strategy,
+    described,
+    is_final_at_setup,
+    patterns_or_none,
+    saved_state,
+)
+from lightning_compress.errors import CheckpointMismatch, CompressError, UnsupportedStrategy
+from lightning_compress.pruning.criteria import magnitude
+from lightning_compress.schedule import Cubic
+
+RECIPE = {"sparsity": 0.9, "window": [0.1, 0.7], "criterion": "magnitude"}
+
+
+class Pruner(L.Callback):
+    pass
+
+
+@pytest.mark.parametrize("strategy", [FSDPStrategy, ModelParallelStrategy])
+def test_sharded_strategies_are_refused_by_name(strategy):
+    trainer = SimpleNamespace(strategy=strategy())
+    with pytest.raises(UnsupportedStrategy, match=f"Pruner works on .*; {strategy.__name__} shards .*strategy='ddp'"):
+        check_strategy(trainer, Pruner())
+
+
+@pytest.mark.parametrize("strategy", [DDPStrategy, partial(SingleDeviceStrategy, "cpu")])
+def test_whole_parameters_are_fine(strategy):
+    check_strategy(SimpleNamespace(strategy=strategy()), Pruner())
+
+
+def test_layers_may_come_late():
+    class Late(L.LightningModule):
+        def setup(self, stage):
+            self.layer = nn.Linear(2, 2)
+
+    class Later(L.LightningModule):
+        def configure_model(self):
+            self.layer = nn.Linear(2, 2)
+
+    assert is_final_at_setup(L.LightningModule())
+    assert not is_final_at_setup(Late())
+    assert not is_final_at_setup(Later())
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, None),
+        (0.9, 0.9),
+        (True, True),
+        ((1, 0.5), [1, 0.5]),
+        ([nn.Linear, "head"], ["torch.nn.modules.linear.Linear", "head"]),
+        (magnitude, "lightning_compress.pruning.criteria.magnitude"),
+        (Cubic(0.9), "Cubic(final=0.9, initial=0.0)"),
+    ],
+)
+def test_a_recipe_is_primitives(value, text):
+    assert described(value) == text
+    json.dumps(described(value))
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [(None, None), ("a", ("a",)), (nn.Linear, (nn.Linear,)), (["a", nn.Linear], ("a", nn.Linear)), ([], ())],
+)
+def test_patterns_are_frozen(given, kept):
+    assert patterns_or_none(given) == kept
+
+
+def test_a_saved_state_is_read_again_with_weights_only(tmp_path):
+    state = saved_state(RECIPE, clock={"counts": [3]}, masks={"0.weight": torch.ones(2, dtype=torch.uint8)})
+    torch.save(state, tmp_path / "state.pt")
+    loaded = torch.load(tmp_path / "state.pt", weights_only=True)
+    check_state(loaded, RECIPE, Pruner())
+    assert loaded["clock"] == {"counts": [3]}
+
+
+def test_a_newer_format_is_named():
+    with pytest.raises(
+        CheckpointMismatch, match=f"Pruner state has format {FORMAT + 1}, this version reads {FORMAT}; upd"
+    ):
+        check_state({**saved_state(RECIPE), "format": FORMAT + 1}, RECIPE, Pruner())
+    with pytest.raises(CheckpointMismatch, match="format None"):
+        check_state({}, RECIPE, Pruner())
+
+
+@pytest.mark.parametrize(
+    ("now", "message"),
+    [
+        ({**RECIPE, "sparsity": 0.5}, "by Pruner with sparsity=0.9, this run has sparsity=0.5; resume with the same"),
+        ({**RECIPE, "window": [0, 1]}, r"window=\[0.1, 0.7\], this run has window=\[0, 1\]"),
+        ({**RECIPE, "added": 1}, "added=None, this run has added=1"),
+        ({"sparsity": 0.9}, "criterion='magnitude', this run has criterion=None"),
+    ],
+)
+def test_the_first_option_that_differs_is_named_with_both_values(now, message):
+    with pytest.raises(CheckpointMismatch, match=message):
+        check_state(saved_state(RECIPE), now, Pruner())
+
+
+def test_our_errors_have_one_root_and_argument_errors_are_the_usual_ones():
+    assert issubclass(CheckpointMismatch, CompressError)
+    assert issubclass(UnsupportedStrategy, CompressError)
+    assert not issubclass(CompressError, ValueError)

@@ -1,0 +1,165 @@
+"""The exact k-th score and the masks it makes, against NumPy and torch on any shapes, dtypes, ties and zeros."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_compress.pruning import threshold
+from lightning_compress.pruning.threshold import Threshold, keep_masks, kth_smallest
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+shapes = st.lists(st.lists(st.integers(0, 9), min_size=0, max_size=3).map(tuple), min_size=1, max_size=4)
+quick = settings(max_examples=60, deadline=None)
+
+
+def scores_like(shapes, dtype, seed, coarse):
+    """Random non-negative scores; coarse ones are full of ties, zeros, negative zeros and infinities."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = []
+    for shape in shapes:
+        value = torch.randn(shape, generator=generator, dtype=torch.float64).abs()
+        if coarse:
+            value = (value * 3).round()
+            value[value == 1] = -0.0
+            value[value >= 8] = float("inf")
+        tensors.append(value.to(dtype))
+    return tensors
+
+
+def flat(tensors):
+    return torch.cat([tensor.reshape(-1) for tensor in tensors]).double().numpy()
+
+
+@st.composite
+def cases(draw):
+    tensors = scores_like(draw(shapes), draw(st.sampled_from(DTYPES)), draw(st.integers(0, 10**6)), draw(st.booleans()))
+    total = sum(tensor.numel() for tensor in tensors)
+    return tensors, draw(st.integers(0, total))
+
+
+@quick
+@given(cases())
+def test_threshold_and_masks_are_those_of_a_sort(case):
+    tensors, k = case
+    masks, found = keep_masks(tensors, k)
+    values = flat(tensors)
+    dropped = np.zeros(values.size, dtype=bool)
+    dropped[np.argsort(values, kind="stable")[:k]] = True  # stable: ties fall in order of tensor and position
+    np.testing.assert_array_equal(~np.concatenate([mask.numpy().ravel() for mask in masks]), dropped)
+    assert [mask.shape for mask in masks] == [tensor.shape for tensor in tensors]
+    if k:
+        assert found.value == np.partition(values, k - 1)[k - 1]
+        assert found == kth_smallest(tensors, k)
+        assert found.ties == k - int((values < found.value).sum())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("k", [1, 2, 500, 999, 1000])
+def test_equal_to_torch_kthvalue(dtype, k):
+    scores = torch.rand(1000, generator=torch.Generator().manual_seed(k)).to(dtype)
+    assert kth_smallest([scores[:300].view(3, 100), scores[300:]], k).value == scores.kthvalue(k).values.item()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_whole_range_of_a_dtype_is_ordered(dtype):
+    info = torch.finfo(dtype)
+    ascending = [
+        0.0,
+        info.smallest_normal / 4,
+        info.smallest_normal,
+        info.eps,
+        1.0,
+        1.0 + info.eps,
+        info.max,
+        float("inf"),
+    ]
+    scores = torch.tensor(ascending[::-1], dtype=dtype)
+    assert [kth_smallest([scores], k).value for k in range(1, 9)] == scores.flip(0).tolist()
+
+
+def test_pieces_longer_than_a_chunk(monkeypatch):
+    monkeypatch.setattr(threshold, "CHUNK", 7)
+    tensors = scores_like([(5, 6), (11,), (0,)], torch.float32, 3, coarse=True)
+    masks, found = keep_masks(tensors, 20)
+    assert found.value == np.partition(flat(tensors), 19)[19]
+    assert sum(int((~mask).sum()) for mask in masks) == 20
+
+
+def test_scores_in_another_memory_order_drop_the_same_weights():
+    scores = (torch.rand(4, 3, 5, 5, generator=torch.Generator().manual_seed(0)) * 5).round()  # ties
+    (plain,), _ = keep_masks([scores], 111)
+    for strided in (
+        scores.contiguous(memory_format=torch.channels_last),
+        scores.transpose(0, 1).contiguous().transpose(0, 1),
+    ):
+        assert not strided.is_contiguous()
+        (mask,), _ = keep_masks([strided], 111)
+        assert torch.equal(mask, plain)
+
+
+def test_the_scores_are_only_read():
+    scores = scores_like([(20,)], torch.float32, 1, coarse=True)[0]
+    before = scores.clone().view(torch.int32)
+    keep_masks([scores], 7)
+    assert torch.equal(scores.view(torch.int32), before)
+
+
+def test_nothing_dropped_and_everything_dropped():
+    scores = [torch.rand(3), torch.rand(2, 2)]
+    masks, found = keep_masks(scores, 0)
+    assert all(bool(mask.all()) for mask in masks)
+    assert found == Threshold(0.0, 0, 0)
+    masks, _ = keep_masks(scores, 7)
+    assert not any(bool(mask.any()) for mask in masks)
+
+
+@pytest.mark.parametrize("k", [0, 4, -1])
+def test_a_rank_outside_the_scores_is_named(k):
+    with pytest.raises(ValueError, match=rf"expected k in 1 .. 3, the number of scores, got {k}"):
+        kth_smallest([torch.rand(3)], k)
+
+
+@pytest.mark.parametrize(
+    "scores", [[torch.rand(2), torch.rand(2).double()], [torch.ones(2, dtype=torch.int32)]], ids=["mixed", "integer"]
+)
+def test_mixed_or_unsupported_dtypes_are_named(scores):
+    with pytest.raises(ValueError, match="one dtype among float64, float32, bfloat16, float16, got"):
+        kth_smallest(scores, 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_two_ranks_that_sum_their_histograms_find_the_threshold_of_all_scores(dtype):
+    scores = scores_like([(50,), (30,)], dtype, 5, coarse=False)
+    whole = kth_smallest(scores, 33)
+    barrier, found, table = threading.Barrier(2, timeout=30), {}, {}
+
+    def process(rank):
+        def reduce(counts):
+            table[rank] = counts
+            barrier.wait()
+            total = table[0] + table[1]
+            barrier.wait()
+            return total
+
+        found[rank] = kth_smallest([scores[rank]], 33, reduce)
+
+    threads = [threading.Thread(target=process, args=(rank,)) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {0: whole, 1: whole}
+
+
+def test_no_tensor_of_the_size_of_all_scores_is_made():
+    scores = [torch.rand(1 << 21) for _ in range(4)]  # 8 MiB each, 32 MiB together
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        kth_smallest(scores, 1 << 22)
+    allocated = [event.cpu_memory_usage for event in profile.events()]
+    assert 0 < max(allocated) < 20 * 2**20  # a chunk's bincount widens a million digits to int64: 8 MiB
