@@ -18,7 +18,9 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_compress.schedule import Moment
 
-__all__ = ["Clock", "run_length"]
+__all__ = ["Clock", "restore_data_place", "run_length"]
+
+ENDLESS = 2**62
 
 
 def run_length(trainer: L.Trainer, moments: Iterable[Moment]) -> int:
@@ -29,6 +31,8 @@ def run_length(trainer: L.Trainer, moments: Iterable[Moment]) -> int:
     """
     timed = any(isinstance(callback, Timer) and callback.time_remaining() is not None for callback in trainer.callbacks)  # type: ignore[attr-defined]
     total = trainer.estimated_stepping_batches
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return ENDLESS  # the smoke test of a longer run, whose windows are not to be judged by its few steps
     unknown = timed or math.isinf(total) or total < 0
     if not unknown:
         return int(total)
@@ -38,7 +42,20 @@ def run_length(trainer: L.Trainer, moments: Iterable[Moment]) -> int:
             f"max_steps={trainer.max_steps}), so {tuple(moments)} cannot be fractions of it; "
             f"give the window in optimizer steps (ints), or set max_steps"
         )
-    return 2**62
+    return ENDLESS
+
+
+def restore_data_place(trainer: L.Trainer) -> None:
+    """Put a stateful loader where its checkpoint left it. Runs at `on_train_start`.
+
+    Lightning does so only where it loads the data itself, not once somebody asked for the run's length at `setup`.
+    """
+    loop = trainer.fit_loop
+    states = getattr(loop, "_combined_loader_states_to_load", None)
+    if states and loop._combined_loader is not None and loop._data_fetcher is not None:
+        loop._combined_loader._load_state_dicts(states)
+        loop._combined_loader_states_to_load = []
+        iter(loop._data_fetcher)
 
 
 class Clock:

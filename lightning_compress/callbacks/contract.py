@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import lightning.pytorch as L
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
@@ -80,7 +80,7 @@ def saved_state(recipe: Mapping[str, Any], **state: Any) -> dict[str, Any]:
     return {"format": FORMAT, "recipe": dict(recipe), **state}
 
 
-def check_state(state: Mapping[str, Any], recipe: Mapping[str, Any], who: L.Callback) -> None:
+def check_state(state: Mapping[str, Any], recipe: Mapping[str, Any], who: object) -> None:
     """Raise unless a checkpoint's state is of a known format and of this callback's recipe. Runs on loading.
 
     Raises:
@@ -100,3 +100,34 @@ def check_state(state: Mapping[str, Any], recipe: Mapping[str, Any], who: L.Call
                 f"{option}={recipe.get(option)!r}; resume with the same recipe, or start a new compression from its "
                 f"weights with load_from_checkpoint and no ckpt_path"
             )
+
+
+class Recipient(Protocol):
+    """A callback with a recipe."""
+
+    enabled: bool
+    state_key: Any
+
+    def recipe(self) -> dict[str, Any]:
+        """Return the options as primitives."""
+        ...
+
+
+def state_key(who: Recipient) -> str:
+    """Return the name of a callback's state in a checkpoint, so that two of one class with other options can meet."""
+    return f"{type(who).__qualname__}{who.recipe()}"
+
+
+def check_unclaimed(
+    who: Recipient, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+) -> None:
+    """Raise if a checkpoint has a state of this callback's class under other options only: its `on_load_checkpoint`.
+
+    Raises:
+        CheckpointMismatch: as `check_state`.
+    """
+    saved: dict[str, Any] = checkpoint.get("callbacks", {})
+    claimed = {callback.state_key for callback in trainer.callbacks}  # type: ignore[attr-defined]
+    for key in sorted(saved.keys() - claimed):
+        if who.enabled and who.state_key not in saved and key.startswith(f"{type(who).__qualname__}{{"):
+            check_state(saved[key], who.recipe(), who)

@@ -6,6 +6,7 @@ import copy
 import functools
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import lightning.pytorch as L
@@ -13,9 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.callbacks.clock import restore_data_place
-from lightning_compress.callbacks.contract import check_state, check_strategy, described, is_final_at_setup, saved_state
+from lightning_compress.callbacks.contract import (
+    check_state,
+    check_strategy,
+    check_unclaimed,
+    described,
+    is_final_at_setup,
+    saved_state,
+    state_key,
+)
 from lightning_compress.callbacks.order import Claim, check_together
-from lightning_compress.callbacks.probe import first_student_call
+from lightning_compress.callbacks.probe import first_student_call, uncompiled
 from lightning_compress.callbacks.step import intercept
 from lightning_compress.distillation.losses import soft_targets
 from lightning_compress.distillation.taps import Call, Tap, logits_of
@@ -160,7 +169,8 @@ class Distillation(L.Callback):
         self._batch = args[0] if args else next(iter(kwargs.values()))
         self._tap.open = True
         try:
-            output = original(*args, **kwargs)
+            with nullcontext() if searching is None else uncompiled():
+                output = original(*args, **kwargs)
             self._tap.open = False
             return self._combined(pl_module, output)
         finally:
@@ -253,6 +263,9 @@ class Distillation(L.Callback):
             )
 
     # Checkpoints
+
+    state_key = property(state_key)
+    on_load_checkpoint = check_unclaimed
 
     def state_dict(self) -> dict[str, Any]:
         return saved_state(self.recipe()) if self.enabled else {}

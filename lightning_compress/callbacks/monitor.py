@@ -77,12 +77,14 @@ class CompressionMonitor(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._log_ready(trainer)  # callbacks after this one in the list may have completed in the last batch
+        # Both may be collectives: every process asks, not only the one that writes.
+        folder, about = self._report_folder(trainer), self._about(trainer)
         if self._before is None or not _writes(trainer):
             return
         after = self._measured("after this fit", pl_module)
-        self.report = compare(self._before, after, about=self._about(trainer))
+        self.report = compare(self._before, after, about=about)
         history = next((c.history for c in _compressions(trainer) if isinstance(c, GradualPruning)), [])
-        self.files = self._saved(trainer, self.report, history)
+        self.files = self._saved(folder, self.report, history)
         if after.zipped_bytes is not None:
             _log(trainer, {"compress/size_bytes": float(after.zipped_bytes)})
         self._show(trainer, pl_module, history)
@@ -102,8 +104,10 @@ class CompressionMonitor(L.Callback):
         metrics = {name: f"{float(value):.4g}" for name, value in trainer.callback_metrics.items()}
         return {"optimizer steps": str(trainer.global_step), **recipes, **metrics}
 
-    def _saved(self, trainer: L.Trainer, report: Report, history: list[tuple[int, float, float]]) -> dict[str, Path]:
-        folder = Path(self.folder or Path(trainer.log_dir or trainer.default_root_dir) / "compression")
+    def _report_folder(self, trainer: L.Trainer) -> Path:
+        return Path(self.folder or Path(trainer.log_dir or trainer.default_root_dir) / "compression")
+
+    def _saved(self, folder: Path, report: Report, history: list[tuple[int, float, float]]) -> dict[str, Path]:
         files = report.save(folder)
         if importlib.util.find_spec("matplotlib") is not None:
             files["report.png"] = plot_report(report, folder / "report.png", history)

@@ -11,15 +11,17 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from lightning_compress.callbacks.averages import averaged_models
-from lightning_compress.callbacks.clock import Clock, run_length
+from lightning_compress.callbacks.clock import Clock, restore_data_place, run_length
 from lightning_compress.callbacks.contract import (
     check_state,
     check_strategy,
+    check_unclaimed,
     described,
     is_final_at_setup,
     nobody_changes_gradients_after,
     patterns_or_none,
     saved_state,
+    state_key,
 )
 from lightning_compress.callbacks.order import Claim, check_together
 from lightning_compress.errors import CheckpointMismatch, CompressError
@@ -127,8 +129,7 @@ class GradualPruning(L.Callback):
             self._prepare(trainer, pl_module)
 
     def _prepare(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        moments = (*self.window, self.frequency)
-        total = run_length(trainer, moments)
+        total = run_length(trainer, (*self.window, self.frequency))
         begin, end = resolve_window(self.window, total, ("begin", "end"))
         interval = round(self.frequency * total) if isinstance(self.frequency, float) else self.frequency
         self._steps = (begin, end, max(1, interval))
@@ -158,6 +159,7 @@ class GradualPruning(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self.enabled:
             return
+        restore_data_place(trainer)
         if self._restored is not None:
             self._take_over(self._restored)
             self._restored = None
@@ -266,13 +268,15 @@ class GradualPruning(L.Callback):
 
     # Checkpoints
 
+    state_key = property(state_key)
+    on_load_checkpoint = check_unclaimed
+
     def state_dict(self) -> dict[str, Any]:
         if not self.enabled:
             return {}
         masks = {name: pack_mask(mask) for name, mask in self.masks.items()}
-        return saved_state(
-            self.recipe(), clock=self.clock.state_dict(), masks=masks, history=[list(row) for row in self.history]
-        )
+        history = [list(row) for row in self.history]
+        return saved_state(self.recipe(), clock=self.clock.state_dict(), masks=masks, history=history)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self.enabled and state_dict:

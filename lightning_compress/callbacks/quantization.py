@@ -10,14 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_compress.callbacks.clock import Clock, run_length
+from lightning_compress.callbacks.clock import Clock, restore_data_place, run_length
 from lightning_compress.callbacks.contract import (
     check_state,
     check_strategy,
+    check_unclaimed,
     described,
     is_final_at_setup,
     patterns_or_none,
     saved_state,
+    state_key,
 )
 from lightning_compress.callbacks.order import Claim, check_together
 from lightning_compress.errors import CheckpointMismatch, NothingToCompress
@@ -181,6 +183,8 @@ class QuantizationAwareTraining(L.Callback):
         self._start(trainer, pl_module, "fit")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.enabled:
+            restore_data_place(trainer)
         self._start(trainer, pl_module, "fit")
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -260,6 +264,9 @@ class QuantizationAwareTraining(L.Callback):
                 self._extremes[name] = state.extremes.detach().cpu().clone()
 
     # Checkpoints
+
+    state_key = property(state_key)
+    on_load_checkpoint = check_unclaimed
 
     def state_dict(self) -> dict[str, Any]:
         if not self.enabled:

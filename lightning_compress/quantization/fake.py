@@ -41,6 +41,10 @@ class _StraightThrough(torch.autograd.Function):
 
 def straight_through(value: Tensor, rounded: Tensor) -> Tensor:
     """Return `rounded`, whose gradient goes to `value` unchanged."""
+    if not torch.is_grad_enabled():
+        return rounded
+    if torch.compiler.is_compiling():  # Dynamo warns of an autograd.Function; the sum is exact (Sterbenz)
+        return value + (rounded - value).detach()
     result: Tensor = _StraightThrough.apply(value, rounded)  # type: ignore[no-untyped-call]
     return result
 

@@ -1,0 +1,266 @@
+"""The conformance table: one row a callback. A new callback is one more row here, and nothing else.
+
+A row that cannot keep a promise says so, with the reason, in `excused`; a promise is never skipped in silence.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning.pytorch as L
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_compress import (
+    CompressionMonitor,
+    Distillation,
+    GradualPruning,
+    QuantizationAwareTraining,
+    callbacks,
+    fake_quantized,
+)
+from tests.conformance.modules import Adversaries, LateSetup, Small
+from tests.conformance.running import Run
+
+Make = Callable[[L.LightningModule], list[L.Callback]]
+
+# The table's promises, so that a typo in a row's excuses or in a test is an error.
+PROMISES = (
+    "acts on any module",
+    "keys, names and classes stay",
+    "no trace after fit",
+    "no trace after an exception",
+    "checkpoints are plain",
+    "a killed run resumes exactly",
+    "resumes exactly from any step",
+    "accumulation counts optimizer steps",
+    "accumulation equals the larger batch",
+    "manual equals automatic",
+    "copies, pickles and exports between batches",
+    "pickles after fit",
+    "torch.compile",
+    "precisions",
+    "two processes equal one",
+    "every order is the same",
+    "weight averaging",
+    "off is plain",
+    "val_loss is clean",
+    "a second fit",
+    "more epochs with the same Trainer",
+    "logs",
+    "any kind of Trainer",
+    "evaluation sees the compressed model",
+    "clipping sees masked gradients",
+    "NaN weights are named",
+)
+
+
+def _nothing(run: Run) -> dict[str, Tensor]:
+    return {}
+
+
+def _as_it_is(run: Run) -> AbstractContextManager[Any]:
+    return nullcontext()
+
+
+@dataclass(frozen=True)
+class Row:
+    """One callback in the table.
+
+    Args:
+        name: how the row is called in the tests' names.
+        callback: its class.
+        make: module -> fresh callbacks of this row, with windows that fit 16 optimizer steps.
+        default: module -> the same with the callback's default options.
+        off: the same switched off, each way there is.
+        acted: raises unless a run shows that the callback did its work.
+        memory: what of its state a resumed run must have again, to the bit.
+        compressed: makes a trained module compute, in the block, as in the run's own validation.
+        logs: names of numbers that reach every logger.
+        phases: number of programs the forward runs through; each may be compiled once.
+        excused: promise -> why it says nothing about this callback.
+    """
+
+    name: str
+    callback: type[L.Callback]
+    make: Make
+    default: Make
+    off: tuple[Make, ...]
+    acted: Callable[[Run], None]
+    logs: frozenset[str]
+    memory: Callable[[Run], dict[str, Tensor]] = _nothing
+    compressed: Callable[[Run], AbstractContextManager[Any]] = _as_it_is
+    phases: int = 1
+    excused: Mapping[str, str] = field(default_factory=dict)
+
+
+# Pruning
+
+
+def pruned(run: Run, sparsity: float = 0.8) -> None:
+    masks: dict[str, Tensor] = run.of(GradualPruning).masks
+    weights = run.weights
+    total = sum(mask.numel() for mask in masks.values())
+    zeros = sum(int((weights[name] == 0).sum()) for name in masks)
+    assert total > 0
+    assert zeros == round(sparsity * total)
+    assert all(torch.equal(weights[name] != 0, mask) for name, mask in masks.items())
+    for name, seen in run.seen.items():  # the last forward already had the zeros
+        assert f"{name}.weight" not in masks or not seen.weight[~masks[f"{name}.weight"]].any()
+
+
+def masks(run: Run) -> dict[str, Tensor]:
+    return dict(run.of(GradualPruning).masks)
+
+
+def pruning(module: L.LightningModule) -> list[L.Callback]:
+    return [GradualPruning(0.8, window=(2, 8), frequency=2)]
+
+
+# Quantization
+
+EXACTNESS = {torch.float32: 1e-5, torch.float64: 1e-5, torch.bfloat16: 2**-7}
+
+
+def rounded(parameter: Tensor) -> Tensor:
+    """Each output channel in whole multiples of its largest magnitude / 127, computed here once more."""
+    rows = parameter.float().flatten(1)
+    step = rows.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / 127
+    return ((rows / step).round() * step).view_as(parameter)
+
+
+def quantized(run: Run) -> None:
+    ranges = run.of(QuantizationAwareTraining).ranges()
+    assert ranges
+    for name, seen in run.seen.items():
+        if name in ranges:
+            torch.testing.assert_close(
+                seen.weight.float(), rounded(seen.parameter), atol=1e-6, rtol=EXACTNESS[seen.weight.dtype]
+            )
+            assert not torch.equal(seen.weight, seen.parameter), "the parameter itself is not rounded"
+            assert seen.value.unique().numel() <= 256, name
+
+
+def extremes(run: Run) -> dict[str, Tensor]:
+    ranges = run.of(QuantizationAwareTraining).ranges()
+    return {name: torch.tensor([trained.low, trained.high]) for name, trained in ranges.items()}
+
+
+def quantization(module: L.LightningModule) -> list[L.Callback]:
+    return [QuantizationAwareTraining(window=(2, 4, 10))]
+
+
+# Distillation
+
+
+def teacher_of(module: L.LightningModule) -> nn.Module:
+    """A teacher of the same architecture and other weights."""
+    fresh = copy.deepcopy(module)
+    if isinstance(module, LateSetup):
+        LateSetup.setup(fresh, "fit")
+    teacher: nn.Module = getattr(fresh.model, "_orig_mod", fresh.model)
+    noise = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=noise) * 0.3)
+    if type(module).forward is not Small.forward and isinstance(module, Small):  # the forward is more than the model
+        return fresh
+    return teacher
+
+
+def distillation(module: L.LightningModule, **options: Any) -> list[L.Callback]:
+    student = "model" if isinstance(module, Adversaries) else None
+    return [Distillation(teacher_of(module), student=student, **options)]
+
+
+def taught(run: Run) -> None:
+    logged = run.trainer.logged_metrics | run.trainer.callback_metrics
+    assert logged["compress/loss/kd"] > 0
+    assert torch.isfinite(logged["compress/loss/task"])
+
+
+# Monitor
+
+
+def monitor(module: L.LightningModule) -> list[L.Callback]:
+    return [GradualPruning(0.5, enabled=False), CompressionMonitor()]
+
+
+def reported(run: Run) -> None:
+    watching: CompressionMonitor = run.of(CompressionMonitor)
+    if not run.trainer.is_global_zero:  # one process writes
+        return
+    assert watching.report is not None
+    assert all(path.stat().st_size for path in watching.files.values())
+
+
+ROWS: tuple[Row, ...] = (
+    Row(
+        "pruning",
+        GradualPruning,
+        make=pruning,
+        default=lambda module: [GradualPruning(0.8)],
+        off=(lambda module: [GradualPruning(0.0)], lambda module: [GradualPruning(0.8, enabled=False)]),
+        acted=pruned,
+        memory=masks,
+        logs=frozenset({"compress/sparsity", "compress/sparsity_target", "compress/threshold"}),
+    ),
+    Row(
+        "quantization",
+        QuantizationAwareTraining,
+        make=quantization,
+        default=lambda module: [QuantizationAwareTraining()],
+        off=(lambda module: [QuantizationAwareTraining(enabled=False)],),
+        acted=quantized,
+        memory=extremes,
+        compressed=lambda run: fake_quantized(run.module, run.of(QuantizationAwareTraining).ranges()),
+        logs=frozenset({"compress/bits"}),
+        phases=4,
+        excused={"NaN weights are named": "it takes no decision from weights; the loss is NaN, as without it"},
+    ),
+    Row(
+        "distillation",
+        Distillation,
+        make=distillation,
+        default=distillation,
+        off=(lambda module: distillation(module, weight=0.0), lambda module: distillation(module, enabled=False)),
+        acted=taught,
+        logs=frozenset({"compress/loss/task", "compress/loss/kd"}),
+        excused={"NaN weights are named": "it takes no decision from weights; the loss is NaN, as without it"},
+    ),
+    Row(
+        "monitor",
+        CompressionMonitor,
+        make=monitor,
+        default=lambda module: [GradualPruning(0.8), CompressionMonitor()],
+        off=(monitor,),
+        acted=reported,
+        logs=frozenset({"compress/ready", "compress/size_bytes"}),
+        excused={"NaN weights are named": "it counts and reports weights, whatever they are"},
+    ),
+)
+
+
+def without_row(rows: Iterable[Row], classes: Iterable[object] | None = None) -> list[str]:
+    """Names of the package's callback classes that no row is about."""
+    known = [getattr(callbacks, name) for name in callbacks.__all__] if classes is None else classes
+    exported = [item for item in known if isinstance(item, type) and issubclass(item, L.Callback)]
+    return sorted(item.__name__ for item in {*exported} - {row.callback for row in rows})
+
+
+def promise(name: str) -> pytest.MarkDecorator:
+    """Run a test once for each row that is not excused from this promise."""
+    if name not in PROMISES:
+        raise ValueError(f"expected one of the table's promises, got {name!r}")
+    rows = [pytest.param(row, id=row.name) for row in ROWS if name not in row.excused]
+
+    def decorate(test: Any) -> Any:
+        test.promise = name
+        return pytest.mark.parametrize("row", rows)(test)
+
+    return decorate  # type: ignore[return-value]
