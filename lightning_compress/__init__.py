@@ -11,6 +11,7 @@ from lightning_compress.errors import (
     UnsupportedStrategy,
 )
 from lightning_compress.export.onnx import export_onnx
+from lightning_compress.measure.onnx_files import compare_onnx
 from lightning_compress.measure.report import Measurement, compare
 from lightning_compress.pruning.criteria import magnitude
 from lightning_compress.quantization.attach import fake_quantized
@@ -34,6 +35,7 @@ __all__ = [
     "TeacherCheckpoint",
     "UnsupportedStrategy",
     "compare",
+    "compare_onnx",
     "export_onnx",
     "fake_quantized",
     "magnitude",

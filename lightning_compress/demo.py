@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import logging
 import os
-import platform
 import sys
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,11 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_compress.callbacks import CompressionMonitor, Distillation, GradualPruning, QuantizationAwareTraining
 from lightning_compress.demo_data import load_fashion_mnist
-from lightning_compress.export.onnx import export_onnx, kernel_counts, onnx_session
+from lightning_compress.export.onnx import export_onnx, kernel_counts
 from lightning_compress.measure.chart import plot_report
-from lightning_compress.measure.latency import Latency, compare_latency
-from lightning_compress.measure.report import Measurement, Report, compare
-from lightning_compress.measure.size import count_nonzero, count_nonzero_onnx, file_bytes, zipped_bytes
+from lightning_compress.measure.onnx_files import compare_onnx, predict_onnx
+from lightning_compress.measure.report import Measurement, Report
+from lightning_compress.measure.size import count_nonzero
 from lightning_compress.quantization.attach import fake_quantized
 
 __all__ = ["FashionClassifier", "main"]
@@ -44,9 +43,14 @@ class FashionClassifier(L.LightningModule):
         super().__init__()
         self.save_hyperparameters()
         self.body = nn.Sequential(
-            *_block(1, 32), nn.MaxPool2d(2), *_block(32, 64), nn.MaxPool2d(2), *_block(64, 64), nn.Flatten()
+            *_block(1, 48, kernel=5, stride=2),
+            *_block(48, 96),
+            nn.MaxPool2d(2),
+            *_block(96, 128),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
         )
-        self.hidden = nn.Sequential(nn.Linear(64 * 7 * 7, 128), nn.ReLU(), nn.Dropout(0.3))
+        self.hidden = nn.Sequential(nn.Linear(128 * 3 * 3, 128), nn.ReLU(), nn.Dropout(0.3))
         self.head = nn.Linear(128, 10)
         self.accuracy = MulticlassAccuracy(10, average="micro")
 
@@ -77,8 +81,8 @@ class FashionClassifier(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def _block(channels_in: int, channels_out: int) -> list[nn.Module]:
-    convolution = nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False)
+def _block(channels_in: int, channels_out: int, kernel: int = 3, stride: int = 1) -> list[nn.Module]:
+    convolution = nn.Conv2d(channels_in, channels_out, kernel, stride, padding=kernel // 2, bias=False)
     return [convolution, nn.BatchNorm2d(channels_out), nn.ReLU()]
 
 
@@ -186,56 +190,32 @@ def _measure(
 ) -> Report:
     images, labels = test.tensors
     ranges = quantization.ranges()
+    names = ("dense, fp32", "90 % sparse, int8")
+    report = compare_onnx(*files, (images,), labels, names=names, batch_size=LATENCY_BATCH, runs=100)
     with torch.no_grad():
         dense_choice = dense.eval()(images).argmax(dim=1)
         with fake_quantized(compressed.eval(), ranges):
             fake_choice = compressed(images).argmax(dim=1)
-    choices = [torch.from_numpy(_run(path, images)).argmax(dim=1) for path in files]
-    latency = _latency(files, images[:LATENCY_BATCH])
+    file_choice = torch.from_numpy(predict_onnx(files[1], images)).argmax(dim=1)
     kernels = {name: count for name, count in kernel_counts(files[1]).items() if name.startswith("Q")}
-    before = Measurement(
-        "dense, fp32",
-        {"torch": _share(dense_choice, labels), "ONNX file": _share(choices[0], labels)},
-        *_file_figures(files[0], latency["dense"]),
-    )
-    after = Measurement(
-        "90 % sparse, int8",
-        {"torch": _share(fake_choice, labels), "ONNX file": _share(choices[1], labels)},
-        *_file_figures(files[1], latency["int8"]),
-    )
     about = {
         "agreement": f"ONNX int8 file and fake-quant model choose the same class for "
-        f"{_share(choices[1], fake_choice):.1%} of {len(labels)} test images",
+        f"{_share(file_choice, fake_choice):.1%} of {len(labels)} test images",
         "pruned": _pruned(compressed, ranges),
         "int8 kernels": ", ".join(f"{count} {name}" for name, count in sorted(kernels.items())),
-        "latency": f"ONNX Runtime, batch {LATENCY_BATCH}, the two files in turn",
-        "data": f"Fashion-MNIST, {len(labels)} test images, {options.data_dir or 'embedded subset'}",
-        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads in training",
-        "versions": ", ".join(f"{name} {version(name)}" for name in ("torch", "lightning", "onnxruntime")),
-        "seed": f"{options.seed}, {options.epochs} + {options.epochs} epochs",
+        "data": f"Fashion-MNIST, {options.data_dir or 'embedded subset'}",
+        "training": f"{options.epochs} + {options.epochs} epochs, seed {options.seed}, "
+        f"{torch.get_num_threads()} threads",
     }
-    return compare(before, after, about=about)
+    return Report(
+        _with_torch(report.before, dense_choice, labels),
+        _with_torch(report.after, fake_choice, labels),
+        {**about, **report.about},
+    )
 
 
-def _run(path: Path, images: Tensor) -> Any:
-    session = onnx_session(path, threads=1)
-    return session.run(None, {session.get_inputs()[0].name: images.numpy()})[0]
-
-
-def _latency(files: tuple[Path, Path], images: Tensor, threads: int = 1) -> dict[str, Latency]:
-    sessions = {name: onnx_session(path, threads=threads) for name, path in zip(("dense", "int8"), files, strict=True)}
-
-    def call(name: str) -> Any:
-        session = sessions[name]
-        feed = {session.get_inputs()[0].name: images.numpy()}
-        return lambda: session.run(None, feed)
-
-    return compare_latency({name: call(name) for name in sessions}, runs=100, threads=threads)
-
-
-def _file_figures(path: Path, latency: Latency) -> tuple[int, int, int, int, Latency]:
-    count = count_nonzero_onnx(path)
-    return file_bytes(path), zipped_bytes(path), count.nonzero, count.total, latency
+def _with_torch(measured: Measurement, choice: Tensor, labels: Tensor) -> Measurement:
+    return dataclasses.replace(measured, accuracy={"torch": _share(choice, labels), **measured.accuracy})
 
 
 def _share(choice: Tensor, labels: Tensor) -> float:

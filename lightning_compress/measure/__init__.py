@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lightning_compress.measure.chart import plot_pruning_curve, plot_report
 from lightning_compress.measure.latency import Latency, compare_latency, measure_latency
+from lightning_compress.measure.onnx_files import compare_onnx, predict_onnx
 from lightning_compress.measure.report import Measurement, Report, Row, compare
 from lightning_compress.measure.size import (
     Count,
@@ -24,6 +25,7 @@ __all__ = [
     "Row",
     "compare",
     "compare_latency",
+    "compare_onnx",
     "count_nonzero",
     "count_nonzero_onnx",
     "file_bytes",
@@ -31,5 +33,6 @@ __all__ = [
     "per_layer",
     "plot_pruning_curve",
     "plot_report",
+    "predict_onnx",
     "zipped_bytes",
 ]

@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lightning_compress import compare_onnx, export_onnx
+from lightning_compress.measure import predict_onnx
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, nn.Module, nn.Module]:
+    folder = tmp_path_factory.mktemp("files")
+    torch.manual_seed(0)
+    nets = [nn.Sequential(nn.Linear(6, 64), nn.ReLU(), nn.Linear(64, 3)) for _ in range(2)]
+    with torch.no_grad():
+        nets[1][0].weight[:, :5] = 0.0
+    example = torch.randn(4, 6)
+    paths = [export_onnx(net, folder / f"{index}.onnx", (example,)) for index, net in enumerate(nets)]
+    return paths[0], paths[1], nets[0], nets[1]
+
+
+def test_report_holds_what_the_files_do(files: tuple[Path, Path, nn.Module, nn.Module]) -> None:
+    before, after, dense, sparse = files
+    inputs, labels = torch.randn(203, 6), torch.randint(0, 3, (203,))
+    report = compare_onnx(before, after, (inputs,), labels, batch_size=50, runs=3)
+    for measured, net, path in ((report.before, dense, before), (report.after, sparse, after)):
+        wanted = (net(inputs).argmax(1) == labels).float().mean().item()
+        assert measured.accuracy["ONNX file"] == pytest.approx(wanted, abs=1.5 / 203)
+        assert measured.size_bytes == path.stat().st_size
+    assert report.after.total == 6 * 64 + 64 * 3
+    assert report.after.nonzero == 64 + 64 * 3
+    assert report.after.latency is not None
+    assert report.after.latency.threads == 1
+    assert report.changes()["speedup"] > 0
+
+
+def test_predictions_are_those_of_the_module_whatever_the_batch(
+    files: tuple[Path, Path, nn.Module, nn.Module],
+) -> None:
+    path, _, net, _ = files
+    inputs = torch.randn(7, 6)
+    for batch_size in (1, 3, 100):
+        got = predict_onnx(path, inputs, batch_size=batch_size)
+        np.testing.assert_allclose(got, net(inputs).detach().numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_wrong_number_of_inputs_is_named(files: tuple[Path, Path, nn.Module, nn.Module]) -> None:
+    with pytest.raises(ValueError, match=r"expected 1 arrays for the inputs .* got 2"):
+        predict_onnx(files[0], np.zeros((1, 6)), np.zeros((1, 6)))
