@@ -17,8 +17,8 @@ __all__ = [
     "check_state",
     "check_strategy",
     "described",
+    "gradients_are_read",
     "is_final_at_setup",
-    "nobody_changes_gradients_after",
     "saved_state",
 ]
 
@@ -43,13 +43,13 @@ def is_final_at_setup(pl_module: L.LightningModule) -> bool:
     return not any(is_overridden(hook, pl_module, L.LightningModule) for hook in ("setup", "configure_model"))
 
 
-def nobody_changes_gradients_after(who: L.Callback, trainer: L.Trainer, pl_module: L.LightningModule) -> bool:
-    """Say whether gradients reach the optimizer as `who.on_before_optimizer_step` leaves them, clipping apart."""
-    listed: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    later = listed[listed.index(who) + 1 :]
+def gradients_are_read(who: L.Callback, trainer: L.Trainer, pl_module: L.LightningModule) -> bool:
+    """Say whether anything but the optimizer may read gradients after the backward: clipping, or somebody's hook."""
+    others = (callback for callback in trainer.callbacks if callback is not who)  # type: ignore[attr-defined]
     module_hooks = ("on_before_optimizer_step", "configure_gradient_clipping", "optimizer_step")
-    return pl_module.automatic_optimization and not (
-        any(is_overridden("on_before_optimizer_step", callback, L.Callback) for callback in later)
+    return (
+        bool(trainer.gradient_clip_val)
+        or any(is_overridden("on_before_optimizer_step", callback, L.Callback) for callback in others)
         or any(is_overridden(hook, pl_module, L.LightningModule) for hook in module_hooks)
     )
 
