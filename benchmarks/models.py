@@ -37,7 +37,13 @@ def resnet18(classes: int = 10) -> nn.Module:
     for channels, stride in ((64, 1), (128, 2), (256, 2), (512, 2)):
         layers += [BasicBlock(width, channels, stride), BasicBlock(channels, channels, 1)]
         width = channels
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes))
+    net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes))
+    for layer in net.modules():
+        # One scale for all, as batch norm allows: a global threshold over PyTorch's own initial weights would empty
+        # the wide layers whole, which training never does, and Adam is slow on the zero moments of dead layers.
+        if isinstance(layer, nn.Conv2d):
+            nn.init.normal_(layer.weight, std=0.05)
+    return net
 
 
 class ImageClassifier(L.LightningModule):
