@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,7 @@ def main(argv: Sequence[str] = ()) -> int:
     options = _options(argv)
     started = time.perf_counter()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", ".*LeafSpec")  # lightning's own call of a name that torch 2.13 deprecates
     os.environ.setdefault("WANDB_SILENT", "true")  # its summary would bury the table
     L.seed_everything(options.seed, verbose=False)
     out = Path(options.out)
