@@ -59,9 +59,7 @@ def logged(offline):
     report = compare(Measurement("a"), Measurement("b"))
     tracking.log_artifact(run, "report", "report", [*report.save(folder).values(), chart])
     logger.log_metrics({"compress/sparsity": 0.9}, step=6)
-    tracking.log_summary(
-        run, {"compress/size_bytes": 1234, "compress/machine": "x86_64", "compress/sparsity": 0.5}
-    )
+    tracking.log_summary(run, {"compress/size_bytes": 1234, "compress/machine": "x86_64", "compress/sparsity": 0.5})
     run.finish()
     return read_run(folder), chart
 
@@ -94,10 +92,7 @@ def test_the_curve_of_the_schedule(logged):
     assert columns == ["step", "lineKey", "lineVal"]
     assert lines["target"] == [(step, target) for step, target, _ in HISTORY]
     assert lines["actual"] == [(step, actual) for step, _, actual in HISTORY]
-    assert (
-        run.config["_wandb"]["visualize"]["compress/schedule"]["panel_config"]["panelDefId"]
-        == "wandb/lineseries/v0"
-    )
+    assert run.config["_wandb"]["visualize"]["compress/schedule"]["panel_config"]["panelDefId"] == "wandb/lineseries/v0"
 
 
 def test_the_chart(logged):

@@ -123,7 +123,5 @@ def test_without_matplotlib_the_cure_is_named(tmp_path, monkeypatch):
         return real(name, *arguments, **options)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(
-        ImportError, match=r'charts need matplotlib: pip install "lightning-compress\[demo\]"'
-    ):
+    with pytest.raises(ImportError, match=r'charts need matplotlib: pip install "lightning-compress\[demo\]"'):
         plot_report(compare(DENSE, SMALL), tmp_path / "report.png")

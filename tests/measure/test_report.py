@@ -120,9 +120,7 @@ def test_save_writes_both_files_and_says_where(tmp_path):
     paths = report.save(tmp_path / "new" / "folder")
     assert {name: path.name for name, path in paths.items()} == {n: n for n in ("report.md", "report.json")}
     assert paths["report.md"].read_text(encoding="utf-8") == report.markdown()
-    assert json.loads(paths["report.json"].read_text(encoding="utf-8")) == json.loads(
-        json.dumps(report.json())
-    )
+    assert json.loads(paths["report.json"].read_text(encoding="utf-8")) == json.loads(json.dumps(report.json()))
 
 
 def test_markdown_is_a_table_of_four_columns_with_notes():
@@ -133,14 +131,10 @@ def test_markdown_is_a_table_of_four_columns_with_notes():
     assert "- pruned int8: int8 by ONNX Runtime\n- machine: x86_64, 2 cores\n- data: 1000 images\n" in text
 
 
-@pytest.mark.parametrize(
-    "name", ["dense", "a name of many words that would never fit into a column", "x" * 60]
-)
+@pytest.mark.parametrize("name", ["dense", "a name of many words that would never fit into a column", "x" * 60])
 def test_text_fits_a_terminal_and_lines_up(name):
     huge = 10**12
-    before = Measurement(
-        name, {"torch, fake-quantized": 1.0}, huge, huge, huge, huge, DENSE.latency, "w " * 90
-    )
+    before = Measurement(name, {"torch, fake-quantized": 1.0}, huge, huge, huge, huge, DENSE.latency, "w " * 90)
     lines = compare(before, replace(SMALL, name=name), about=ABOUT).text().splitlines()
     assert max(map(len, lines)) <= 100
     table = lines[: lines.index("")]

@@ -93,9 +93,7 @@ def tied_model() -> nn.Module:
 
 def test_tied_weights_count_once_and_buffers_do_not():
     model = tied_model()
-    parameters = [
-        p.detach().numpy() for p in (model[0].weight, model[1].bias, model[2].weight, model[2].bias)
-    ]
+    parameters = [p.detach().numpy() for p in (model[0].weight, model[1].bias, model[2].weight, model[2].bias)]
     expected = Count(sum(int(np.count_nonzero(p)) for p in parameters), sum(p.size for p in parameters))
     assert count_nonzero(model) == expected
     weights = {name: value for name, value in model.state_dict().items() if "running" not in name}
@@ -138,9 +136,7 @@ def onnx_file(path, weight, zero_point=None, axis=None):
     if zero_point is not None:
         arrays |= {"zero_point": zero_point, "scale": np.ones(zero_point.shape, np.float32)}
         options = {} if axis is None else {"axis": axis}
-        dequantize = onnx.helper.make_node(
-            "DequantizeLinear", ["w", "scale", "zero_point"], ["w_float"], **options
-        )
+        dequantize = onnx.helper.make_node("DequantizeLinear", ["w", "scale", "zero_point"], ["w_float"], **options)
         nodes = [dequantize, onnx.helper.make_node("MatMul", ["x", "w_float"], ["y"])]
     tensors = [onnx.numpy_helper.from_array(array, name) for name, array in arrays.items()]
     x, y = (onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, None) for n in "xy")
