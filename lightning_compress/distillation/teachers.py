@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -38,10 +39,17 @@ def load_lightning_module(module_class: Any, path: str | Path) -> nn.Module:
 
     Raises:
         FileNotFoundError: no such file.
+        ValueError: a file of another class, or no checkpoint.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"the teacher's checkpoint {str(path)!r} does not exist; give a .ckpt file")
-    teacher: nn.Module = module_class.load_from_checkpoint(path, map_location="cpu")
+    try:
+        teacher: nn.Module = module_class.load_from_checkpoint(path, map_location="cpu")
+    except (RuntimeError, TypeError, KeyError, UnpicklingError) as error:
+        raise ValueError(
+            f"the teacher's checkpoint {str(path)!r} does not load into {module_class.__name__}; for a teacher of "
+            f"another class pass TeacherCheckpoint(path, TheClass): {error}"
+        ) from error
     return teacher
 
 
@@ -51,11 +59,16 @@ def build_teacher(teacher: Teacher, student: nn.Module) -> nn.Module:
     Runs at `setup`.
 
     Raises:
-        TypeError: the callable did not return a module.
+        TypeError: a class or nothing callable, or a callable that did not return a module.
         ValueError: the teacher shares parameters with the student.
     """
     if isinstance(teacher, (str, Path)):
         built = load_lightning_module(type(student), teacher)
+    elif isinstance(teacher, type) or not callable(teacher):
+        raise TypeError(
+            f"expected a teacher with weights (a module, a checkpoint's path, or a function that builds one), got "
+            f"{teacher!r}; a class would make an untrained teacher: pass an instance of it, or TeacherCheckpoint"
+        )
     else:
         built = teacher if isinstance(teacher, nn.Module) else teacher()
     if not isinstance(built, nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ def predict_onnx(path: str | Path, *inputs: Any, batch_size: int = 64, threads: 
 def compare_onnx(
     before: str | Path,
     after: str | Path,
-    inputs: Sequence[Any],
+    inputs: Sequence[Any] | Mapping[str, Any],
     labels: Any,
     *,
     names: tuple[str, str] = ("dense", "compressed"),
@@ -55,15 +55,26 @@ def compare_onnx(
     Args:
         before: the dense file.
         after: the compressed file.
-        inputs: arrays or CPU tensors, one for each input of the files, examples first.
+        inputs: arrays or CPU tensors, one for each input of the files, examples first; a dict in the files' order.
         labels: (examples,) class indices.
         names: what the columns are called.
         batch_size: examples of one timed call.
         threads: of ONNX Runtime, for both.
         runs: timed calls of each file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the files have another number of inputs, or there are more or fewer labels than examples.
     """
+    if isinstance(inputs, Mapping):  # as export_onnx takes them, in the order of the file's inputs
+        inputs = tuple(inputs.values())
     arrays = tuple(np.asarray(array) for array in inputs)
     wanted = np.asarray(labels)
+    if len(wanted) != len(arrays[0]):
+        raise ValueError(
+            f"expected one label for each of the {len(arrays[0])} examples, got {len(wanted)}; inputs is a tuple or "
+            f"dict with one array for each input of the files, such as (images,)"
+        )
     runners = [_runner(path, arrays, threads) for path in (before, after)]
     batch = slice(0, batch_size)
     calls = {name: functools.partial(run, batch) for name, run in zip(names, runners, strict=True)}
@@ -77,6 +88,8 @@ def compare_onnx(
 
 def _runner(path: str | Path, arrays: Sequence[np.ndarray], threads: int) -> Callable[[slice], np.ndarray]:
     """Open a file once; the function then runs a slice of the examples."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"expected an ONNX file at {str(path)!r}, found none; write it with export_onnx")
     session = onnx_session(path, threads=threads)
     names = [each.name for each in session.get_inputs()]
     if len(names) != len(arrays):

@@ -51,3 +51,19 @@ def test_predictions_are_those_of_the_module_whatever_the_batch(
 def test_a_wrong_number_of_inputs_is_named(files: tuple[Path, Path, nn.Module, nn.Module]) -> None:
     with pytest.raises(ValueError, match=r"expected 1 arrays for the inputs .* got 2"):
         predict_onnx(files[0], np.zeros((1, 6)), np.zeros((1, 6)))
+
+
+def test_wrong_labels_and_missing_files_are_named(files: tuple[Path, Path, nn.Module, nn.Module]) -> None:
+    before, after, _, _ = files
+    with pytest.raises(ValueError, match="each of the 5 examples, got 3"):
+        compare_onnx(before, after, (torch.randn(5, 6),), torch.zeros(3), runs=1)
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.onnx"):
+        compare_onnx(before, "nowhere.onnx", (torch.randn(5, 6),), torch.zeros(5), runs=1)
+
+
+def test_inputs_may_be_the_dict_that_was_exported(files: tuple[Path, Path, nn.Module, nn.Module]) -> None:
+    before, after, _, _ = files
+    inputs, labels = torch.randn(5, 6), torch.zeros(5)
+    by_name = compare_onnx(before, after, {"input": inputs}, labels, runs=1)
+    by_place = compare_onnx(before, after, (inputs,), labels, runs=1)
+    assert by_name.after.accuracy == by_place.after.accuracy
