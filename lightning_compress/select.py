@@ -17,7 +17,7 @@ from torch.nn.parameter import UninitializedParameter
 from lightning_compress.errors import NothingToCompress
 from lightning_compress.sharding import clean_name
 
-__all__ = ["Pattern", "Selection", "select_layers", "select_weights"]
+__all__ = ["Pattern", "Selection", "patterns_or_none", "select_layers", "select_weights"]
 
 Pattern = str | type
 HEADS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -44,9 +44,10 @@ def _matches_within(pattern: Pattern, name: str, modules: Mapping[str, nn.Module
     return any(_matches(pattern, path, modules[path]) for path in inside if path in modules)
 
 
-def _as_patterns(patterns: Iterable[Pattern] | Pattern | None) -> tuple[Pattern, ...]:
+def patterns_or_none(patterns: Iterable[Pattern] | Pattern | None) -> tuple[Pattern, ...] | None:
+    """Freeze a selection's patterns; a single pattern stands for a tuple of one."""
     if patterns is None:
-        return ()
+        return None
     return (patterns,) if isinstance(patterns, (str, type)) else tuple(patterns)
 
 
@@ -85,7 +86,7 @@ def select_layers(
     (['0'], {'2': 'output head'})
     """
     modules = {clean_name(name): layer for name, layer in module.named_modules()}
-    included, excluded = _as_patterns(include), _as_patterns(exclude)
+    included, excluded = patterns_or_none(include) or (), patterns_or_none(exclude) or ()
     _check_patterns(included, modules, "include")
     _check_patterns(excluded, modules, "exclude")
     head = next((name for name, layer in reversed(modules.items()) if isinstance(layer, HEADS)), None)

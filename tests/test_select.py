@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lightning_compress.errors import NothingToCompress
-from lightning_compress.select import select_layers, select_weights
+from lightning_compress.select import patterns_or_none, select_layers, select_weights
 from lightning_compress.sharding import all_reduce_max, all_reduce_sum, clean_name, world_size
 
 KINDS = (nn.Linear, nn.Conv2d)
@@ -175,3 +175,11 @@ def test_reductions_without_other_processes_change_nothing():
     assert all_reduce_max(value) is value
     assert all_reduce_sum(value) is value
     assert value.tolist() == [1.0, -2.0]
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [(None, None), ("a", ("a",)), (nn.Linear, (nn.Linear,)), (["a", nn.Linear], ("a", nn.Linear)), ([], ())],
+)
+def test_patterns_are_frozen(given, kept):
+    assert patterns_or_none(given) == kept

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import lightning.pytorch as L
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_compress.errors import CheckpointMismatch, UnsupportedStrategy
-from lightning_compress.select import Pattern
 
 __all__ = [
     "FORMAT",
     "check_state",
     "check_strategy",
+    "check_unclaimed",
     "described",
     "gradients_are_read",
     "is_final_at_setup",
     "saved_state",
+    "state_key",
+    "warn_if_unfinished",
 ]
 
 FORMAT = 1
@@ -61,18 +65,15 @@ def described(value: Any) -> Any:
     >>> described((0.1, Cubic(0.9)))
     [0.1, 'Cubic(final=0.9, initial=0.0)']
     """
-    if value is None or isinstance(value, (bool, int, float, str)):
+    if isinstance(value, float):
+        return float(value)  # NumPy's float64 is one too, but neither prints nor loads like it
+    if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, (list, tuple)):
         return [described(item) for item in value]
-    return f"{value.__module__}.{value.__qualname__}" if hasattr(value, "__qualname__") else repr(value)
-
-
-def patterns_or_none(patterns: Iterable[Pattern] | Pattern | None) -> tuple[Pattern, ...] | None:
-    """Freeze a selection's patterns; a single pattern stands for a tuple of one."""
-    if patterns is None:
-        return None
-    return (patterns,) if isinstance(patterns, (str, type)) else tuple(patterns)
+    if hasattr(value, "__qualname__"):
+        return f"{value.__module__}.{value.__qualname__}"
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))  # an address is another one in the resumed process
 
 
 def saved_state(recipe: Mapping[str, Any], **state: Any) -> dict[str, Any]:
@@ -94,7 +95,7 @@ def check_state(state: Mapping[str, Any], recipe: Mapping[str, Any], who: object
         )
     saved = state["recipe"]
     for option in sorted({*saved, *recipe}):
-        if saved.get(option) != recipe.get(option):
+        if repr(saved.get(option)) != repr(recipe.get(option)):  # step 1 is not the fraction 1.0
             raise CheckpointMismatch(
                 f"the checkpoint was made by {name} with {option}={saved.get(option)!r}, this run has "
                 f"{option}={recipe.get(option)!r}; resume with the same recipe, or start a new compression from its "
@@ -106,6 +107,7 @@ class Recipient(Protocol):
     """A callback with a recipe."""
 
     enabled: bool
+    complete: bool
     state_key: Any
 
     def recipe(self) -> dict[str, Any]:
@@ -131,3 +133,12 @@ def check_unclaimed(
     for key in sorted(saved.keys() - claimed):
         if who.enabled and who.state_key not in saved and key.startswith(f"{type(who).__qualname__}{{"):
             check_state(saved[key], who.recipe(), who)
+
+
+def warn_if_unfinished(who: Recipient, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    """Warn that the fit ended before the window of a callback did: its `on_train_end`."""
+    if not (who.complete or trainer.fast_dev_run):  # type: ignore[attr-defined]
+        rank_zero_warn(
+            f"{type(who).__name__} did not finish: the fit ended before its window did. It was stopped early, or "
+            f"takes fewer optimizer steps than batches (manual optimization); train on, or give the window in steps"
+        )

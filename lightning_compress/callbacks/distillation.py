@@ -75,7 +75,7 @@ class Distillation(L.Callback):
         if not (math.isfinite(temperature) and temperature > 0):
             raise ValueError(f"temperature must be a positive number, got {temperature}")
         self.source: Teacher = teacher
-        self.weight, self.temperature = weight, temperature
+        self.weight, self.temperature = float(weight), float(temperature)
         self.loss, self.student = loss, student
         self.outputs = outputs or logits_of
         self.inputs = inputs
@@ -212,6 +212,8 @@ class Distillation(L.Callback):
             return output
         if isinstance(output, Tensor):
             return self._mixed(pl_module, output, calls)
+        if "loss" not in output:  # Lightning says what is wrong
+            return output
         mixed = copy.copy(output)
         mixed["loss"] = self._mixed(pl_module, output["loss"], calls)
         return mixed

@@ -19,9 +19,9 @@ from lightning_compress.callbacks.contract import (
     described,
     gradients_are_read,
     is_final_at_setup,
-    patterns_or_none,
     saved_state,
     state_key,
+    warn_if_unfinished,
 )
 from lightning_compress.callbacks.order import Claim, check_together
 from lightning_compress.errors import CheckpointMismatch, CompressError
@@ -29,7 +29,7 @@ from lightning_compress.pruning.criteria import magnitude
 from lightning_compress.pruning.masks import apply_mask, pack_mask, unpack_mask
 from lightning_compress.pruning.threshold import keep_masks
 from lightning_compress.schedule import Cubic, Moment, Schedule, check_frequency, check_sparsity, resolve_window
-from lightning_compress.select import select_weights
+from lightning_compress.select import patterns_or_none, select_weights
 
 __all__ = ["ELEMENTWISE", "PRUNABLE", "GradualPruning"]
 
@@ -168,6 +168,8 @@ class GradualPruning(L.Callback):
             self._update(trainer, self.clock.steps)
         self._apply(self.weights)
 
+    on_train_end = warn_if_unfinished
+
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._release()
 
@@ -232,7 +234,7 @@ class GradualPruning(L.Callback):
         for name in names if self.masks else ():
             weight = (weights or self.weights).get(name)
             if weight is not None:
-                apply_mask(weight, self.masks[name])
+                apply_mask(weight, self.masks[name].to(weight.device))  # SWA keeps its average on the CPU
 
     def _mask_gradients(self, names: Iterable[str]) -> None:
         for name in names if self.masks else ():

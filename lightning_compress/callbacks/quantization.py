@@ -17,9 +17,9 @@ from lightning_compress.callbacks.contract import (
     check_unclaimed,
     described,
     is_final_at_setup,
-    patterns_or_none,
     saved_state,
     state_key,
+    warn_if_unfinished,
 )
 from lightning_compress.callbacks.order import Claim, check_together
 from lightning_compress.errors import CheckpointMismatch, NothingToCompress
@@ -28,7 +28,7 @@ from lightning_compress.quantization.fake import compiler_available
 from lightning_compress.quantization.grid import Range, check_bits
 from lightning_compress.quantization.observers import move_ranges
 from lightning_compress.schedule import Moment, resolve_window
-from lightning_compress.select import select_layers
+from lightning_compress.select import patterns_or_none, select_layers
 from lightning_compress.sharding import all_reduce_max
 
 __all__ = ["QuantizationAwareTraining"]
@@ -74,7 +74,7 @@ class QuantizationAwareTraining(L.Callback):
         self.window = tuple(window)
         if not 0.0 < momentum <= 1.0:
             raise ValueError(f"momentum is the newest step's weight in (0, 1], got {momentum}")
-        self.momentum = momentum
+        self.momentum = float(momentum)
         self.include, self.exclude = patterns_or_none(include), patterns_or_none(exclude)
         self.compiled, self.enabled = compiled, enabled
         self.clock = Clock()
@@ -98,7 +98,7 @@ class QuantizationAwareTraining(L.Callback):
         """
         self._collect()
         if not self._extremes:
-            raise NothingToCompress("no ranges were learned yet; call ranges() after fit, or load a checkpoint first")
+            raise NothingToCompress("no ranges were learned here; call ranges() after fit, or load a checkpoint first")
         return {
             name: FakeQuant(self.activation_bits, self.weight_bits, extremes=extremes).range
             for name, extremes in self._extremes.items()
@@ -149,9 +149,7 @@ class QuantizationAwareTraining(L.Callback):
         state = attach(layer, self.activation_bits, self.weight_bits)
         state.compiled = self.compiled and compiler_available(device)
         state.keep_weight = trainer.accumulate_grad_batches > 1
-        if name in self._extremes:
-            state.extremes = self._extremes[name]
-        state.extremes = state.extremes.to(device)
+        state.extremes = self._extremes.get(name, state.extremes).to(device, copy=True)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.enabled:
@@ -168,7 +166,7 @@ class QuantizationAwareTraining(L.Callback):
         if not self.layers or stage != "fit":
             self._prepare(trainer, pl_module, stage)
         if self._restored is not None:
-            self._take_over(self._restored, stage)
+            self._take_over(self._restored)
             self._restored = None
         elif stage == "fit" and self.clock.steps == 0 and trainer.global_step > 0:
             self.clock.start_at(trainer.global_step // max(1, len(trainer.optimizers)))
@@ -196,6 +194,8 @@ class QuantizationAwareTraining(L.Callback):
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._start(trainer, pl_module, "predict")
+
+    on_train_end = warn_if_unfinished
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._release()
@@ -230,7 +230,8 @@ class QuantizationAwareTraining(L.Callback):
         if phase >= Phase.ROUND and not any(state.observed for state in states):
             raise NothingToCompress(
                 f"none of the {len(self.layers)} selected layers was called in training while ranges were observed, "
-                f"so nothing can be rounded: {', '.join(self.layers)}; select layers that the forward calls"
+                f"so nothing can be rounded: {', '.join(self.layers)}; select layers that the forward calls, "
+                f"and in a run resumed without ranges round only after step {self.clock.steps}"
             )
         self._set_phase(phase)
         if phase != self._phase:
@@ -278,8 +279,9 @@ class QuantizationAwareTraining(L.Callback):
         if self.enabled and state_dict:
             check_state(state_dict, self.recipe(), self)
             self._restored = state_dict
+            self._extremes = {name: extremes.float().cpu() for name, extremes in state_dict["extremes"].items()}
 
-    def _take_over(self, state: dict[str, Any], stage: str) -> None:
+    def _take_over(self, state: dict[str, Any]) -> None:
         unknown = sorted(state["extremes"].keys() - self.layers.keys())
         if unknown:
             raise CheckpointMismatch(
@@ -287,7 +289,6 @@ class QuantizationAwareTraining(L.Callback):
                 f"with the model and include/exclude that made it"
             )
         self.clock.load_state_dict(state["clock"])
-        self._extremes = {name: extremes.float().cpu() for name, extremes in state["extremes"].items()}
         for name, fake_quant in self._states().items():
             if name in self._extremes:
                 fake_quant.extremes = self._extremes[name].to(fake_quant.extremes.device, copy=True)

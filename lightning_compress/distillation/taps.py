@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,10 +56,8 @@ class Tap:
 
     def attach(self, root: nn.Module, name: str) -> Callable[[], None]:
         """Listen to one submodule of `root`; returns the function that ends it."""
-
-        def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            self.collect(Call(name, args, kwargs, output))
-
+        # A partial of a plain function: the submodule still pickles.
+        leave = functools.partial(_collect, self, name)
         return root.get_submodule(name).register_forward_hook(leave, with_kwargs=True).remove
 
     def attach_outermost(self, root: nn.Module) -> Callable[[], None]:
@@ -96,6 +95,10 @@ class Tap:
             torch_module._global_forward_hooks_with_kwargs.pop(after.id, None)
 
         return remove
+
+
+def _collect(tap: Tap, name: str, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+    tap.collect(Call(name, args, kwargs, output))
 
 
 def logits_of(output: Any) -> Tensor:

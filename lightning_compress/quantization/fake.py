@@ -94,7 +94,7 @@ def fake_quantize_input(value: Tensor, scale: Tensor, zero_point: Tensor, bits: 
     >>> fake_quantize_input(torch.tensor([-5.0, 0.26, 0.7, 9.0]), torch.tensor(0.5), torch.tensor(0.0), 2)
     tensor([0.0000, 0.5000, 0.5000, 1.5000])
     """
-    low, high = (-zero_point - MARGIN) * scale, (2**bits - 1 - zero_point + MARGIN) * scale
+    low, high = _bounds(scale, zero_point, bits)
     clipped = torch.minimum(torch.maximum(value.float(), low), high)
     return (clipped + ((clipped / scale).round() * scale - clipped).detach()).to(value.dtype)
 

@@ -7,6 +7,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import lightning.pytorch as L
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
@@ -18,8 +19,8 @@ from lightning_compress.callbacks.contract import (
     check_strategy,
     described,
     is_final_at_setup,
-    patterns_or_none,
     saved_state,
+    warn_if_unfinished,
 )
 from lightning_compress.errors import CheckpointMismatch, CompressError, UnsupportedStrategy
 from lightning_compress.pruning.criteria import magnitude
@@ -75,12 +76,28 @@ def test_a_recipe_is_primitives(value, text):
     json.dumps(described(value))
 
 
-@pytest.mark.parametrize(
-    ("given", "kept"),
-    [(None, None), ("a", ("a",)), (nn.Linear, (nn.Linear,)), (["a", nn.Linear], ("a", nn.Linear)), ([], ())],
-)
-def test_patterns_are_frozen(given, kept):
-    assert patterns_or_none(given) == kept
+class Plain:
+    """Has Python's default repr, with an address."""
+
+
+@pytest.mark.parametrize("make", [Plain, lambda: partial(Plain().__eq__, 1)])
+def test_a_recipe_is_the_same_in_the_next_process(make):
+    kept = make(), make()  # both alive: at two addresses
+    assert described(kept[0]) == described(kept[1])
+
+
+def test_numbers_of_numpy_load_with_weights_only(tmp_path):
+    state = saved_state({"window": described((np.float64(0.1), 0.7))})
+    assert type(state["recipe"]["window"][0]) is float
+    torch.save(state, tmp_path / "state.pt")
+    assert torch.load(tmp_path / "state.pt", weights_only=True) == state
+
+
+@pytest.mark.parametrize(("complete", "dev_run", "warnings"), [(False, 0, 1), (True, 0, 0), (False, 2, 0)])
+def test_a_fit_that_ends_before_the_window_warns(complete, dev_run, warnings, recwarn):
+    who = SimpleNamespace(complete=complete)
+    warn_if_unfinished(who, SimpleNamespace(fast_dev_run=dev_run), L.LightningModule())
+    assert len([w for w in recwarn if "did not finish" in str(w.message)]) == warnings
 
 
 def test_a_saved_state_is_read_again_with_weights_only(tmp_path):
@@ -118,3 +135,8 @@ def test_our_errors_have_one_root_and_argument_errors_are_the_usual_ones():
     assert issubclass(CheckpointMismatch, CompressError)
     assert issubclass(UnsupportedStrategy, CompressError)
     assert not issubclass(CompressError, ValueError)
+
+
+def test_a_step_is_not_a_fraction_of_the_same_value():
+    with pytest.raises(CheckpointMismatch, match=r"window=\[0, 1\], this run has window=\[0, 1.0\]"):
+        check_state(saved_state({"window": [0, 1]}), {"window": [0, 1.0]}, Pruner())

@@ -8,6 +8,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -217,3 +218,13 @@ def test_teaching_itself_and_missing_files_are_named(student: Net) -> None:
         fit(student, Distillation("nowhere.ckpt"))
     with pytest.raises(TypeError, match=r"return a torch\.nn\.Module, got ndarray"):
         fit(student, Distillation(lambda: np.zeros(3)))
+
+
+class Lossless(Net):
+    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> Any:
+        return {"lost": super().training_step(batch, batch_idx)}
+
+
+def test_a_step_without_a_loss_gets_lightnings_own_message(teacher: nn.Module) -> None:
+    with pytest.raises(MisconfigurationException, match="the 'loss' key needs to be present"):
+        fit(Lossless(), Distillation(teacher))

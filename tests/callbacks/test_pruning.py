@@ -150,3 +150,12 @@ def test_masked_weights_are_not_clipped_for() -> None:
         assert bool((gradient[~mask] == 0).all())
     # had dead weights taken part, the live ones would be left with less than the whole norm
     assert norms[-1] == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_a_run_stopped_before_the_windows_end_warns() -> None:
+    module = Net(lambda parameters: torch.optim.SGD(parameters, 0.1))
+    stop = type(
+        "Stop", (L.Callback,), {"on_train_batch_end": lambda self, trainer, *_: setattr(trainer, "should_stop", True)}
+    )
+    with pytest.warns(UserWarning, match="GradualPruning did not finish"):
+        fit(module, [GradualPruning(), stop()])

@@ -158,3 +158,23 @@ def test_compiled_rounding_trains_the_same_weights(module: Net) -> None:
     fit(twin, QuantizationAwareTraining(window=(1, 2, 12), compiled=True))
     for one, other in zip(module.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_a_loaded_state_has_its_ranges_before_any_run(module: Net) -> None:
+    callback = QuantizationAwareTraining(window=(2, 5, 9), momentum=1)
+    fit(module, callback)
+    again = QuantizationAwareTraining(window=(2, 5, 9), momentum=1.0)
+    assert again.state_key == callback.state_key
+    again.load_state_dict(callback.state_dict())
+    assert again.ranges() == callback.ranges()
+
+
+def test_resuming_a_plain_run_after_the_window_says_so(module: Net, tmp_path: Any) -> None:
+    loaders = DataLoader(data(), batch_size=8), DataLoader(data(), batch_size=64)
+    plain = trainer(max_steps=8)
+    plain.fit(module, *loaders)
+    plain.save_checkpoint(tmp_path / "plain.ckpt")
+    late = trainer(QuantizationAwareTraining(window=(2, 5, 9)))
+    late.fit_loop.max_epochs = 2
+    with pytest.raises(NothingToCompress, match="resumed without ranges round only after step 8"):
+        late.fit(Net(), *loaders, ckpt_path=tmp_path / "plain.ckpt")

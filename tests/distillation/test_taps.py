@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from types import SimpleNamespace
 
 import pytest
@@ -198,3 +199,14 @@ def test_logits_are_found(output):
 def test_an_output_without_logits_is_named_with_its_cure(output):
     with pytest.raises(TypeError, match="pass outputs=a function from the model's output to its logits"):
         logits_of(output)
+
+
+def test_a_tapped_submodule_pickles_and_its_copy_is_not_heard():
+    step, tap = Step(), Tap()
+    tap.attach(step, "model")
+    again = pickle.loads(pickle.dumps(step.model))
+    tap.open = True
+    again(torch.zeros(1, 3))
+    assert tap.calls == []
+    step.model(torch.zeros(1, 3))
+    assert [call.name for call in tap.calls] == ["model"]
