@@ -114,6 +114,8 @@ def resolve_window(window: tuple[Moment, ...], total_steps: int, names: tuple[st
     what = "(" + ", ".join(names) + ")"
     if len(window) != len(names):
         raise ValueError(f"window must be {what}, got {window!r} with {len(window)} entries")
+    if tuple(map(repr, window)) == ("0", "1"):  # 0 and 1 mean fractions to most who write them
+        raise ValueError(f"{what} = (0, 1) is optimizer steps 0 and 1; write (0.0, 1.0) for the whole run")
     steps = tuple(
         resolve_moment(moment, total_steps, f"window {name}") for moment, name in zip(window, names, strict=True)
     )

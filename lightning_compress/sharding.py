@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["all_reduce_max", "all_reduce_sum", "clean_name", "world_size"]
+__all__ = ["all_reduce_max", "clean_name", "world_size"]
 
 WRAPPERS = frozenset({"_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module", "_forward_module"})
 
@@ -30,12 +30,4 @@ def all_reduce_max(tensor: Tensor) -> Tensor:
     """Replace `tensor` by its elementwise maximum over all processes; every process must call it."""
     if world_size() > 1:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-    return tensor
-
-
-@torch.no_grad()
-def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """Replace `tensor` by its sum over all processes; every process must call it."""
-    if world_size() > 1:
-        dist.all_reduce(tensor)
     return tensor

@@ -85,6 +85,9 @@ class GradualPruning(L.Callback):
         enabled: bool = True,
     ) -> None:
         super().__init__()
+        for name, value in (("sparsity", sparsity), ("criterion", criterion)):
+            if not callable(value) and not (name == "sparsity" and isinstance(value, (int, float))):
+                raise TypeError(f"{name} must be a function{' or a number' * (name == 'sparsity')}, got {value!r}")
         self.schedule: Schedule = Cubic(check_sparsity(sparsity)) if isinstance(sparsity, (int, float)) else sparsity
         final = check_sparsity(self.schedule(1.0))
         self.window = (window[0], window[1]) if len(window) == 2 else tuple(window)

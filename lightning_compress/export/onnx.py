@@ -101,6 +101,8 @@ def _check_module(module: nn.Module) -> None:
 
 
 def _check_ranges(module: nn.Module, ranges: Mapping[str, Range]) -> None:
+    if not isinstance(ranges, Mapping):
+        raise TypeError(f"expected ranges by layer name, got {type(ranges).__name__}; pass qat.ranges(), not qat")
     if not ranges:
         raise NothingToCompress(
             "export_onnx got empty ranges; pass QuantizationAwareTraining(...).ranges() after fit, or None for float32"

@@ -121,7 +121,7 @@ def test_report_is_measured_and_kept_without_wandb(tmp_path: Path) -> None:
 
 def test_no_logger_and_fast_dev_run_write_no_surprise(tmp_path: Path) -> None:
     monitor = CompressionMonitor()
-    fit(tmp_path, False, [GradualPruning(0.5, window=(0, 1)), monitor], fast_dev_run=2)
+    fit(tmp_path, False, [GradualPruning(0.5, window=(0, 2)), monitor], fast_dev_run=2)
     assert monitor.report is None
     assert not list(tmp_path.rglob("report*"))
 

@@ -159,3 +159,16 @@ def test_a_run_stopped_before_the_windows_end_warns() -> None:
     )
     with pytest.warns(UserWarning, match="GradualPruning did not finish"):
         fit(module, [GradualPruning(), stop()])
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"sparsity": "0.9"}, TypeError, "sparsity must be a function or a number, got '0.9'"),
+        ({"criterion": "magnitude"}, TypeError, "criterion must be a function, got 'magnitude'"),
+        ({"window": (0, 1)}, ValueError, r"\(0, 1\) is optimizer steps 0 and 1; write \(0\.0, 1\.0\)"),
+    ],
+)
+def test_what_users_write_by_mistake_is_named(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        fit(Net(lambda p: torch.optim.AdamW(p, lr=0.05)), [GradualPruning(**options)])

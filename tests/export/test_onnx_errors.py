@@ -165,3 +165,8 @@ def test_run_and_session_check_their_arguments(tmp_path: Path) -> None:
 def test_the_exporter_is_silent(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     export_onnx(Half(), tmp_path / "a.onnx", (VALUE,), ranges={"used": Range(-3, 3)})
     assert capfd.readouterr() == ("", "")
+
+
+def test_the_callback_instead_of_its_ranges_names_the_cure(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"pass qat\.ranges\(\), not qat"):
+        export_onnx(nn.Linear(2, 2), tmp_path / "m.onnx", (torch.zeros(1, 2),), ranges=object())
