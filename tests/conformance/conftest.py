@@ -1,9 +1,8 @@
-"""A callback without a row stops the collection; at the end, the number of promises kept is told."""
+"""A callback without a row stops the collection; tests/conftest.py tells, at the end, how many promises were kept."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -24,19 +23,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         name = getattr(getattr(item, "function", None), "promise", None)
         if name is not None and HERE in item.path.parents:
             item.user_properties.append(("promise", f"{name} | {item.callspec.params['row'].name}"))
-
-
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    kept, broken = (_told(terminalreporter, outcome) for outcome in ("passed", "failed"))
-    if kept or broken:
-        promises = {pair.split(" | ")[0] for pair in kept | broken}
-        line = f"conformance: {len(promises)} promises x {len(ROWS)} callbacks, {len(kept - broken)} of "
-        terminalreporter.write_line(f"{line}{len(kept | broken)} pairs kept")
-
-
-def _told(terminalreporter: Any, outcome: str) -> set[str]:
-    reports = terminalreporter.stats.get(outcome, [])
-    return {value for report in reports for key, value in getattr(report, "user_properties", ()) if key == "promise"}
 
 
 @pytest.fixture(autouse=True)
