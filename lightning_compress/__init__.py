@@ -15,23 +15,37 @@ from lightning_compress.measure.onnx_files import compare_onnx
 from lightning_compress.measure.report import Measurement, compare
 from lightning_compress.pruning.criteria import magnitude
 from lightning_compress.quantization.attach import fake_quantized
-from lightning_compress.schedule import Constant, Cubic, Linear
+from lightning_compress.schedule import (
+    Alternating,
+    Constant,
+    Cosine,
+    Cubic,
+    Exponential,
+    Linear,
+    OneCycle,
+    Steps,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Alternating",
     "CheckpointMismatch",
     "CompressError",
     "CompressionMonitor",
     "Constant",
+    "Cosine",
     "Cubic",
     "Distillation",
+    "Exponential",
     "GradualPruning",
     "IncompatibleCallbacks",
     "Linear",
     "Measurement",
     "NothingToCompress",
+    "OneCycle",
     "QuantizationAwareTraining",
+    "Steps",
     "TeacherCheckpoint",
     "UnsupportedStrategy",
     "compare",

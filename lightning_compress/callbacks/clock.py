@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Timer
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_compress.schedule import Moment
+from lightning_compress.window import Moment
 
 __all__ = ["Clock", "restore_data_place", "run_length"]
 

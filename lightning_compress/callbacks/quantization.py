@@ -27,9 +27,9 @@ from lightning_compress.quantization.attach import QUANTIZABLE, FakeQuant, Phase
 from lightning_compress.quantization.fake import compiler_available
 from lightning_compress.quantization.grid import Range, check_bits
 from lightning_compress.quantization.observers import move_ranges
-from lightning_compress.schedule import Moment, resolve_window
 from lightning_compress.select import patterns_or_none, select_layers
 from lightning_compress.sharding import all_reduce_max
+from lightning_compress.window import Moment, resolve_window
 
 __all__ = ["QuantizationAwareTraining"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from lightning_compress.measure.report import Report
@@ -15,9 +16,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from lightning_compress.measure.latency import Latency
+    from lightning_compress.schedule import Schedule
 
-__all__ = ["plot_pruning_curve", "plot_report"]
+__all__ = ["plot_pruning_curve", "plot_report", "plot_schedule"]
 
+_RUN = ("fraction of the run", "optimizer step")
 _BEFORE, _AFTER, _DARK = "#8a9bb0", "#d9622b", "#2f3b4a"  # told apart in grey print as well
 
 
@@ -73,6 +76,42 @@ def plot_report(report: Report, path: str | Path, history: Sequence[tuple[int, f
         _draw_curve(axes[3], history)
     _legend(figure, report)
     return _save(figure, path)
+
+
+def plot_schedule(
+    schedule: Schedule, window: tuple[int | float, int | float] | None = None, path: str | Path | None = None
+) -> Figure:
+    """Draw a schedule, over its window or over the part of the run that a window gives it.
+
+    Args:
+        schedule: progress in [0, 1] -> value.
+        window: (begin, end) as a callback takes it, both fractions of the run or both optimizer steps.
+        path: A PNG to write as well; its folder is made if needed.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: a window that does not rise, or of a fraction and a step.
+    """
+    begin, end = window or (0.0, 1.0)
+    if type(begin) is not type(end) or not begin < end:
+        raise ValueError(f"a window to draw is two fractions or two steps, the earlier first, got {window!r}")
+    figure = _figure(7.0, 4.0)
+    axes = figure.add_subplot()
+    points = [index / 1000 for index in range(1001)]
+    values = [schedule(point) for point in points]
+    axes.plot([begin + (end - begin) * point for point in points], values, color=_AFTER, linewidth=2.4)
+    if window is not None:
+        last = 1.0 if isinstance(end, float) else end + 0.2 * (end - begin)
+        axes.plot([end, last], [values[-1]] * 2, color=_AFTER, linewidth=2.4, linestyle=":")
+        axes.axvspan(begin, end, color=_BEFORE, alpha=0.12, linewidth=0)
+        axes.set_xlim(0, last)
+    where = "progress through the window" if window is None else _RUN[isinstance(end, int)]
+    axes.set_ylim(min(0.0, *values) - 0.02, max(1.0, *values) * 1.02)
+    axes.set(title=fill(_plain(repr(schedule)), 80), xlabel=where, ylabel="value")
+    axes.grid(alpha=0.25)
+    if path is not None:
+        _save(figure, path)
+    return figure
 
 
 def _figure(width: float, height: float) -> Figure:

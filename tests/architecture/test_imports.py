@@ -14,7 +14,7 @@ OWNERS = {  # what may be imported only where: files, or folders with a slash at
 }
 INNER_RINGS = (
     "pruning/", "quantization/", "distillation/", "measure/", "export/",
-    "schedule.py", "select.py", "errors.py", "sharding.py",
+    "schedule.py", "window.py", "select.py", "errors.py", "sharding.py",
 )  # fmt: skip
 OUTER_RING = ("callbacks", "cli", "demo", "tracking", "__main__")
 
