@@ -17,7 +17,7 @@ from torch.nn.parameter import UninitializedParameter
 from lightning_compress.errors import NothingToCompress
 from lightning_compress.sharding import clean_name
 
-__all__ = ["Pattern", "Selection", "patterns_or_none", "select_layers", "select_weights"]
+__all__ = ["Pattern", "Selection", "layers_of", "patterns_or_none", "select_layers", "select_weights"]
 
 Pattern = str | type
 HEADS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -154,3 +154,14 @@ def select_weights(
             f"{', '.join(selection.layers)}; include other layers"
         )
     return weights
+
+
+def layers_of(module: nn.Module, weights: Mapping[str, nn.Parameter]) -> dict[str, nn.Module]:
+    """Return the layer that each selected weight belongs to; of several that share it, the first.
+
+    >>> net = nn.Sequential(nn.Linear(4, 4))
+    >>> layers_of(net, {"0.weight": net[0].weight})
+    {'0.weight': Linear(in_features=4, out_features=4, bias=True)}
+    """
+    layers = {id(layer.weight): layer for layer in reversed(list(module.modules())) if hasattr(layer, "weight")}
+    return {name: layers[id(weight)] for name, weight in weights.items()}

@@ -9,9 +9,9 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
-import lightning_compress.callbacks.pruning as pruning_module
+import lightning_compress.callbacks.masking as masking_module
 from lightning_compress import Constant, GradualPruning
-from lightning_compress.callbacks.pruning import ELEMENTWISE
+from lightning_compress.callbacks.masking import ELEMENTWISE
 from lightning_compress.pruning.masks import apply_mask
 
 
@@ -110,7 +110,7 @@ def test_gradients_are_masked_only_where_somebody_reads_them(
         counted.append(1)
         apply_mask(value, mask)
 
-    monkeypatch.setattr(pruning_module, "apply_mask", counting)
+    monkeypatch.setattr(masking_module, "apply_mask", counting)
     callback = GradualPruning(Constant(0.5), window=(0, 32), frequency=32)
     fit(Net(lambda p: torch.optim.AdamW(p, lr=0.05)), [callback, *others], **options)
     layers, at_start = 2, 2  # the first masks are applied when they are made and once more

@@ -1,0 +1,133 @@
+"""Targets: a weight, its layer and what was gathered about it, so that any criterion can be asked for scores."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.errors import CompressError
+from lightning_compress.pruning.criteria import magnitude, squared_magnitude
+
+__all__ = ["PRUNABLE", "TRANSPOSED", "Criterion", "Target", "asks_for", "described_function"]
+
+Criterion = Callable[..., Tensor]
+
+# A zero weight has the lowest score there is: what is out stays out by itself, without a pass over the mask.
+ZERO_IS_LOWEST: frozenset[Criterion] = frozenset((magnitude, squared_magnitude))
+OUT = -1e30  # below every score, and sums of it over a group stay finite
+TRANSPOSED: tuple[type[nn.Module], ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+PRUNABLE: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
+
+
+def described_function(function: Any) -> str:
+    """Return a function's import path, or its repr."""
+    return f"{function.__module__}.{function.__qualname__}" if hasattr(function, "__qualname__") else repr(function)
+
+
+def asks_for(criterion: Criterion, known: frozenset[str]) -> frozenset[str]:
+    """Return the names of what a criterion needs: its parameters without a default. Runs at construction.
+
+    >>> from lightning_compress.pruning.criteria import taylor
+    >>> sorted(asks_for(taylor, frozenset({"weight", "gradient"})))
+    ['gradient', 'weight']
+
+    Raises:
+        TypeError: it asks for something unknown.
+    """
+    parameters = inspect.signature(criterion).parameters.values()
+    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    asked = [p.name for p in named if p.default is p.empty]
+    if len(asked) == 1 and asked[0] not in known:  # a function of the weight alone may call it what it likes
+        return frozenset({"weight"})
+    unknown = [name for name in asked if name not in known]
+    if unknown or not asked:
+        raise TypeError(
+            f"criterion {described_function(criterion)} asks for {', '.join(unknown) or 'nothing'}; a criterion's "
+            f"parameters are named after what it needs: {', '.join(sorted(known))}"
+        )
+    return frozenset(asked)
+
+
+@dataclass(frozen=True)
+class Target:
+    """One weight at a mask update.
+
+    Args:
+        name: its clean name.
+        weight: of any shape.
+        layer: the layer that computes with it.
+        mask: what is kept now; None before the first update.
+        criterion: what scores it.
+        values: what criteria may ask for, by name; called when asked.
+        comes_back: whether what is out competes with its own score; otherwise it stays out.
+        widen: give scores in float32, since not all targets have one dtype.
+    """
+
+    name: str
+    weight: Tensor
+    layer: nn.Module
+    mask: Tensor | None = None
+    criterion: Criterion = magnitude
+    values: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
+    comes_back: bool = False
+    widen: bool = False
+
+    @property
+    def input_axis(self) -> int:
+        """Dimension of the weight along which it sums over inputs."""
+        return 0 if isinstance(self.layer, TRANSPOSED) else 1
+
+    @property
+    def output_axis(self) -> int:
+        """Dimension of the weight that counts output channels."""
+        return 1 - self.input_axis
+
+    def evaluate(self, criterion: Criterion) -> Tensor:
+        """Return a criterion's scores for this weight.
+
+        Raises:
+            CompressError: not floats of the weight's shape.
+        """
+        known = frozenset(self.values) | {"weight", "name"}
+        asked = asks_for(criterion, known)
+        if "weight" in asked and "weight" not in inspect.signature(criterion).parameters:
+            scores = criterion(self.weight)
+        else:
+            own: dict[str, Callable[[], Any]] = {"weight": lambda: self.weight, "name": lambda: self.name}
+            scores = criterion(**{name: {**self.values, **own}[name]() for name in asked})
+        if scores.shape != self.weight.shape or not scores.is_floating_point():
+            raise ValueError(
+                f"criterion {described_function(criterion)} must return float scores of shape "
+                f"{tuple(self.weight.shape)} for '{self.name}', got {scores.dtype} {tuple(scores.shape)}"
+            )
+        return scores.detach()
+
+    def scores(self) -> Tensor:
+        """Return the scores that patterns compare; computed anew at each call, so that none is held."""
+        scores = self.evaluate(self.criterion)
+        scores = scores.float() if self.widen else scores
+        if self.comes_back or self.mask is None or self.criterion in ZERO_IS_LOWEST:
+            return scores
+        scores = scores if scores.dtype == torch.float64 else scores.float()
+        return torch.where(self.mask, scores, OUT)
+
+    def check(self, step: int) -> torch.dtype:
+        """Raise unless all scores are finite, before any mask is made; returns their dtype.
+
+        Raises:
+            CompressError: NaN or infinite scores.
+        """
+        scores = self.scores()
+        low, high = torch.aminmax(scores) if scores.numel() else (scores.sum(), scores.sum())
+        if not bool(torch.isfinite(low) & torch.isfinite(high)):
+            raise CompressError(
+                f"criterion {described_function(self.criterion)} gave NaN or infinite scores for '{self.name}' at "
+                f"optimizer step {step}; the masks are left as they were. Lower the learning rate or clip gradients, "
+                f"and resume from the last checkpoint"
+            )
+        return scores.dtype
