@@ -10,11 +10,11 @@ from torch import nn
 
 from lightning_compress.sharding import clean_name
 
-__all__ = ["averaged_models"]
+__all__ = ["averaged_models", "averaged_modules"]
 
 
-def averaged_models(trainer: L.Trainer) -> Iterator[dict[str, nn.Parameter]]:
-    """Yield the parameters, by clean name, of each averaged copy that Lightning's callbacks keep (SWA, EMA).
+def averaged_modules(trainer: L.Trainer) -> Iterator[nn.Module]:
+    """Yield each averaged copy of the model that Lightning's callbacks keep (SWA, EMA).
 
     Reads their private `_average_model`: without it an average of dense and masked weights would be dense.
     """
@@ -22,5 +22,10 @@ def averaged_models(trainer: L.Trainer) -> Iterator[dict[str, nn.Parameter]]:
         average = getattr(callback, "_average_model", None)
         if isinstance(average, nn.Module):
             # AveragedModel keeps the copy under `module.`, SWA keeps the copy itself.
-            inner = average.module if isinstance(average, torch.optim.swa_utils.AveragedModel) else average
-            yield {clean_name(name): parameter for name, parameter in inner.named_parameters()}
+            yield average.module if isinstance(average, torch.optim.swa_utils.AveragedModel) else average
+
+
+def averaged_models(trainer: L.Trainer) -> Iterator[dict[str, nn.Parameter]]:
+    """Yield the parameters of each averaged copy by clean name."""
+    for average in averaged_modules(trainer):
+        yield {clean_name(name): parameter for name, parameter in average.named_parameters()}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_compress.callbacks.clock import Clock, restore_data_place, run_length
+from lightning_compress.callbacks.clock import Clock, restore_data_place
 from lightning_compress.callbacks.contract import (
     check_state,
     check_strategy,
@@ -26,6 +26,7 @@ from lightning_compress.callbacks.contract import (
 from lightning_compress.callbacks.gathering import Gathering
 from lightning_compress.callbacks.masking import MaskKeeper
 from lightning_compress.callbacks.order import Claim, check_together
+from lightning_compress.callbacks.timetable import Timetable, timetable
 from lightning_compress.pruning.criteria import magnitude
 from lightning_compress.pruning.patterns import Unstructured
 from lightning_compress.pruning.statistics import ACTIVATIONS, GRADIENTS, Statistics
@@ -37,7 +38,6 @@ from lightning_compress.schedule import (
     Schedule,
     check_frequency,
     check_sparsity,
-    resolve_window,
 )
 from lightning_compress.select import layers_of, patterns_or_none, select_weights
 
@@ -100,13 +100,12 @@ class GradualPruning(L.Callback):
         asked = asks_for(criterion, KNOWN)
         grown_by = getattr(self.pattern, "growth", None)
         statistics = Statistics(asked | (asks_for(grown_by, KNOWN) if grown_by else frozenset()))
-        self.clock, self.keeper = Clock(), MaskKeeper()
+        self.clock, self.times, self.keeper = Clock(), Timetable(), MaskKeeper()
         self.gathering = Gathering(statistics, self.keeper)
         self.history: list[tuple[int, float, float]] = []
         self.after_update: list[Callable[[L.Trainer, int, float, float], None]] = []
         self._needs_steps = asked & (GRADIENTS | ACTIVATIONS)
         self._comes_back = "movement" in asked or grown_by is not None
-        self._steps = (0, 0, 1)
         self._layers: dict[str, nn.Module] = {}
         self._restored: dict[str, Any] | None = None
         self._unlogged: dict[str, float] = {}
@@ -124,7 +123,7 @@ class GradualPruning(L.Callback):
     @property
     def complete(self) -> bool:
         """Whether the last update has been made."""
-        return not self.enabled or (bool(self.masks) and self.clock.steps >= self._steps[1])
+        return not self.enabled or (bool(self.masks) and self.clock.steps >= self.times.end)
 
     def claims(self) -> list[Claim]:
         """Say which weights this callback prunes."""
@@ -150,11 +149,8 @@ class GradualPruning(L.Callback):
             self._prepare(trainer, pl_module)
 
     def _prepare(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        total = run_length(trainer, (*self.window, self.frequency))
-        begin, end = resolve_window(self.window, total, ("begin", "end"))
-        interval = round(self.frequency * total) if isinstance(self.frequency, float) else self.frequency
-        self._steps = (begin, end, max(1, interval))
-        if begin == 0 and self._needs_steps and self._target(0) > 0.0:
+        self.times = timetable(trainer, self.window, self.frequency)
+        if self.times.begin == 0 and self._needs_steps and self._target(0) > 0.0:
             raise ValueError(
                 f"criterion {described(self.criterion)} needs {', '.join(sorted(self._needs_steps))}, which no step "
                 f"has given yet at the window's begin, step 0; begin at step 1 or later: window=(1, {self.window[1]})"
@@ -172,7 +168,7 @@ class GradualPruning(L.Callback):
         self._prepare(trainer, pl_module)
 
         def after_step(optimizer: Optimizer, time_moved: bool) -> None:
-            if time_moved and self._due(self.clock.steps):
+            if time_moved and self.times.due(self.clock.steps):
                 self._update(trainer, self.clock.steps)
             else:
                 self.keeper.apply(self.keeper.owned(optimizer))
@@ -190,7 +186,7 @@ class GradualPruning(L.Callback):
             self._restored = None
         elif self.clock.steps == 0 and trainer.global_step > 0:  # resumed from a run without this callback
             self.clock.start_at(trainer.global_step // max(1, len(trainer.optimizers)))
-        late = self.clock.steps >= self._steps[0] and self._target(self.clock.steps) > 0.0
+        late = self.clock.steps >= self.times.begin and self._target(self.clock.steps) > 0.0
         if not self.masks and late and not self._needs_steps:
             self._update(trainer, self.clock.steps)
         self.keeper.apply()
@@ -210,16 +206,8 @@ class GradualPruning(L.Callback):
 
     # Updating masks
 
-    def _progress(self, step: int) -> float:
-        begin, end, _ = self._steps
-        return min(1.0, (step - begin) / (end - begin))
-
     def _target(self, step: int) -> float:
-        return check_sparsity(self.schedule(self._progress(step)))
-
-    def _due(self, step: int) -> bool:
-        begin, end, interval = self._steps
-        return step == end or (begin <= step < end and (step - begin) % interval == 0)
+        return check_sparsity(self.schedule(self.times.progress(step)))
 
     def _targets(self, step: int = 0) -> list[Target]:
         return [
@@ -242,7 +230,7 @@ class GradualPruning(L.Callback):
         scored = self._targets(step)
         if len({target.check(step) for target in scored}) > 1:
             scored = [replace(target, widen=True) for target in scored]
-        masks, threshold = self.pattern(scored, target, self._progress(step))
+        masks, threshold = self.pattern(scored, target, self.times.progress(step))
         self.keeper.replace(trainer, self.gathering.remembering(masks))
         self.gathering.statistics.reset()
         sparsity = self.keeper.sparsity()

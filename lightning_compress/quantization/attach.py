@@ -55,7 +55,7 @@ class FakeQuant:
     keep_weight: bool = False
     extremes: Tensor = field(default_factory=lambda: torch.full((2,), float("nan")))
     pending: Tensor | None = None
-    kept: tuple[int, Tensor] | None = None
+    kept: tuple[Tensor, int, Tensor] | None = None
     shadowed: list[Any] = field(default_factory=list)
     handles: list[RemovableHandle] = field(default_factory=list)
 
@@ -75,11 +75,12 @@ class FakeQuant:
         if torch.compiler.is_compiling():
             return fake.fake_quantize_weight(weight, self.weight_bits)
         rounding = fake.compiled_functions()[0] if self.compiled else fake.round_weight
-        if not (self.keep_weight and torch.is_grad_enabled()):
+        # What shadows the parameter (a gate) is another tensor in each forward, and channels may be taken out of it.
+        if not (self.keep_weight and torch.is_grad_enabled() and isinstance(weight, nn.Parameter)):
             return fake.straight_through(weight, rounding(weight, self.weight_bits))
-        if self.kept is None or self.kept[0] != weight._version:
-            self.kept = (weight._version, rounding(weight, self.weight_bits))
-        return fake.straight_through(weight, self.kept[1])
+        if self.kept is None or self.kept[0] is not weight or self.kept[1] != weight._version:
+            self.kept = (weight, weight._version, rounding(weight, self.weight_bits))
+        return fake.straight_through(weight, self.kept[2])
 
     def rounded_input(self, value: Tensor) -> Tensor:
         """Return the fake-quantized input."""
