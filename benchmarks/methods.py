@@ -113,7 +113,7 @@ def forever(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterable[tuple[Tensor, 
 
 def lightnings_model_pruning(run: Run) -> nn.Module:
     """Lightning's own callback at its best: the same cubic, turned into its amounts, each 20 steps; no rewinding."""
-    net = copy.deepcopy(run.dense)
+    net = copy.deepcopy(run.dense).to(memory_format=torch.contiguous_format)  # torch's pruning fails on channels_last
     epochs = round(run.steps * END / EPOCH)
     sparsity = [Cubic(run.sparsity)(min(1.0, (epoch + 1) / epochs)) for epoch in range(run.steps // EPOCH)]
     amounts = [1 - (1 - now) / (1 - before) for before, now in zip([0.0, *sparsity], sparsity, strict=False)]

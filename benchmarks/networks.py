@@ -12,8 +12,9 @@ from torch.nn import functional
 
 
 def lenet_300_100(width: float = 1.0) -> nn.Module:
-    """LeCun et al. 1998: 266 200 weights."""
+    """LeCun et al. 1998: 266 200 weights; the second hidden layer stays as wide as there are classes."""
     first, second = _scaled(width, 300, 100)
+    second = max(10, second)
     return nn.Sequential(
         nn.Flatten(), nn.Linear(784, first), nn.ReLU(), nn.Linear(first, second), nn.ReLU(), nn.Linear(second, 10)
     )
