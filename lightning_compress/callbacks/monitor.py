@@ -6,15 +6,13 @@ import importlib.util
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_compress import tracking
-from lightning_compress.callbacks.distillation import Distillation
-from lightning_compress.callbacks.pruning import GradualPruning
 from lightning_compress.callbacks.quantization import QuantizationAwareTraining
 from lightning_compress.errors import NothingToCompress
 from lightning_compress.measure.chart import plot_report
@@ -23,7 +21,17 @@ from lightning_compress.measure.size import Count, LayerRow, count_nonzero, file
 
 __all__ = ["CompressionMonitor"]
 
-Compression = GradualPruning | QuantizationAwareTraining | Distillation
+
+@runtime_checkable
+class Compression(Protocol):
+    """A callback of this package that compresses: it has a recipe, and says when it is done."""
+
+    enabled: bool
+    complete: bool
+
+    def recipe(self) -> dict[str, Any]:
+        """Return the options as primitives."""
+        ...
 
 
 class CompressionMonitor(L.Callback):
@@ -53,8 +61,8 @@ class CompressionMonitor(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "fit" and not any(_compressions(trainer)):
             raise NothingToCompress(
-                "CompressionMonitor found nothing to watch; add GradualPruning, QuantizationAwareTraining or "
-                "Distillation to the Trainer's callbacks, or remove the monitor"
+                "CompressionMonitor found nothing to watch; add GradualPruning, QuantizationAwareTraining, "
+                "Distillation or another of this package's callbacks to the Trainer's, or remove the monitor"
             )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -83,7 +91,8 @@ class CompressionMonitor(L.Callback):
             return
         after = self._measured("after this fit", pl_module)
         self.report = compare(self._before, after, about=about)
-        history = next((c.history for c in _compressions(trainer) if isinstance(c, GradualPruning)), [])
+        histories: list[list[tuple[int, float, float]]] = [getattr(c, "history", []) for c in _compressions(trainer)]
+        history = next(filter(None, histories), [])
         self.files = self._saved(folder, self.report, history)
         if after.zipped_bytes is not None:
             _log(trainer, {"compress/size_bytes": float(after.zipped_bytes)})
