@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 
 import lightning as L
 import torch
@@ -17,6 +18,7 @@ from torch.nn import functional
 from lightning_compress import Constant, Cubic, GradualPruning
 from lightning_compress.pruning.criteria import magnitude, movement, random, taylor, wanda
 from lightning_compress.pruning.patterns import Unstructured
+from lightning_compress.pruning.reconstruction import reconstruct
 from lightning_compress.pruning.regrowth import RigL
 from lightning_compress.pruning.scopes import by_output, erk, lamp, uniform
 
@@ -68,6 +70,15 @@ def at_once(run: Run, criterion: Callable[..., Tensor] = magnitude, pattern: obj
     return run.fine_tuned(GradualPruning(Constant(run.sparsity), once, 1, LAYERS, None, criterion, pattern))
 
 
+def sparsegpt(run: Run) -> nn.Module:
+    """Reconstructed once from 1024 images, each layer to the same sparsity; then its zeros are kept."""
+    net = copy.deepcopy(run.dense)
+    images = [batch[0] for batch in islice(run.batches(), 16)]
+    reconstruct(net, images, run.sparsity, include=["*"])
+    keep = GradualPruning(Constant(run.sparsity), (0, 2), 1, LAYERS)
+    return run.fit(net, run.steps, [keep], None)
+
+
 def small_and_dense(run: Run) -> nn.Module:
     """The widest net of this kind with no more weights than the sparse one keeps, trained as long in all."""
     kept = (1.0 - run.sparsity) * weight_count(run.dense)
@@ -77,9 +88,9 @@ def small_and_dense(run: Run) -> nn.Module:
 
 
 def rigl_from_scratch(run: Run) -> nn.Module:
-    """As in its paper: sparse from random weights on, all steps."""
+    """As in its paper: sparse from the first step on, all steps; the first masks are of the random weights' sizes."""
     steps = run.dense_steps + run.steps
-    callback = GradualPruning(run.sparsity, (0, round(END * steps)), EVERY, LAYERS, None, random, RigL())
+    callback = GradualPruning(run.sparsity, (0, round(END * steps)), EVERY, LAYERS, None, magnitude, RigL())
     return run.fit(run.make(1.0), steps, [callback], None)
 
 
@@ -143,6 +154,8 @@ METHODS: dict[str, Method] = {
     "random": partial(gradual, criterion=random),
     "one shot, magnitude": at_once,
     "one shot, Wanda": partial(at_once, criterion=wanda, pattern=Unstructured(by_output)),
+    "one shot, magnitude, uniform": partial(at_once, pattern=Unstructured(uniform)),
+    "one shot, SparseGPT": sparsegpt,
     "small and dense": small_and_dense,
     "Lightning's ModelPruning": lightnings_model_pruning,
 }
