@@ -7,6 +7,7 @@ and pickles of the module work.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["RECONSTRUCTIBLE", "Hessian", "InputHessians", "add_inputs", "as_matrices", "as_weight", "empty_hessian"]
+from lightning_compress.sharding import all_reduce_sum, process_rank
+
+__all__ = [
+    "RECONSTRUCTIBLE",
+    "Hessian",
+    "InputHessians",
+    "add_inputs",
+    "as_matrices",
+    "as_weight",
+    "empty_hessian",
+    "layer_inputs",
+    "watching",
+]
 
 RECONSTRUCTIBLE: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d)
 STATE = "_input_hessian"
@@ -208,3 +221,40 @@ class InputHessians:
         """Return what was gathered for a weight since `start`."""
         hessian: Hessian = self.layers[name][0].__dict__[STATE].hessian
         return hessian
+
+    # Checkpoints
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """Return what was gathered by all processes together: every process calls it."""
+        return {
+            name: {
+                "sums": all_reduce_sum(self[name].sums.clone()),
+                "samples": all_reduce_sum(self[name].samples.clone()),
+            }
+            for name in self.layers
+        }
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Go on from what was saved, on one process for all. Runs after `start`."""
+        for name, saved in state.items() if process_rank() == 0 else ():
+            self[name].sums.copy_(saved["sums"])
+            self[name].samples.copy_(saved["samples"])
+
+
+@contextmanager
+def watching(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[InputHessians]:
+    """Watch, inside the block, what a module in evaluation gives to the layers of some weights.
+
+    >>> layer = nn.Linear(2, 1)
+    >>> with torch.no_grad(), watching(layer, {"weight": layer.weight}) as hessians:
+    ...     hessians.start(["weight"])
+    ...     _ = layer(torch.ones(3, 2))
+    ...     int(hessians["weight"].samples)
+    3
+    """
+    hessians = InputHessians()
+    try:
+        hessians.attach(module, weights, in_evaluation=True)
+        yield hessians
+    finally:
+        hessians.detach()

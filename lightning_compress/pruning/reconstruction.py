@@ -6,8 +6,7 @@ inverse Hessian of SparseGPT (Frantar & Alistarh 2023, algorithm 1).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from itertools import accumulate
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_compress.errors import CompressError, NothingToCompress
 from lightning_compress.pruning.calibration import evaluating, in_forward_order, run
-from lightning_compress.pruning.hessians import RECONSTRUCTIBLE, Hessian, InputHessians, as_matrices, as_weight
+from lightning_compress.pruning.hessians import RECONSTRUCTIBLE, Hessian, as_matrices, as_weight, watching
 from lightning_compress.select import Pattern, select_weights
 from lightning_compress.window import check_sparsity
 
@@ -222,16 +221,6 @@ def reconstruct_layer(
     return as_weight(layer, kept, weight.shape).contiguous(), moved
 
 
-@contextmanager
-def _watching(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[InputHessians]:
-    hessians = InputHessians()
-    try:
-        hessians.attach(module, weights, in_evaluation=True)
-        yield hessians
-    finally:
-        hessians.detach()
-
-
 def reconstruct(
     module: nn.Module,
     batches: Iterable[Any],
@@ -282,7 +271,7 @@ def reconstruct(
     weights = select_weights(module, RECONSTRUCTIBLE, include, exclude)
     check_groups(pattern, sparsity, weights)
     own, masks = share_zeros(weights, sparsity), dict[str, Tensor]()
-    with evaluating(module), _watching(module, weights) as hessians:
+    with evaluating(module), watching(module, weights) as hessians:
         order = in_forward_order(module, inputs if not sequential else inputs[:1], hessians.layers)
         if not order:
             raise NothingToCompress(f"none of the selected layers runs in these batches: {', '.join(weights)}")
