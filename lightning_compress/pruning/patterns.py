@@ -36,7 +36,7 @@ class Unstructured:
 
     def __call__(self, targets: Sequence[Target], sparsity: float, progress: float) -> Masks:
         """Return the masks."""
-        units = [Units(target.scores, target.weight.numel(), 1, target.weight.shape) for target in targets]
+        units = [Units(t.scores, t.weight.numel(), 1, t.weight.shape, t.piecewise) for t in targets]
         masks: Masks = self.scope(units, sparsity)
         return masks
 
@@ -78,9 +78,9 @@ class NM:
         count = min(round(sparsity * total), last)
         if count == last:
             return (self._best(target) for target in targets), float("nan")
-        rest = [target.scores()[~self._best(target)] for target in targets]
+        rest = [lambda target=target: target.scores()[~self._best(target)] for target in targets]
         masks, threshold = keep_masks(rest, count)
-        return self._with_best(targets, iter(masks)), threshold.value
+        return self._with_best(targets, masks), threshold.value
 
     def _with_best(self, targets: Sequence[Target], rest: Iterator[Tensor]) -> Iterator[Tensor]:
         for target, kept in zip(targets, rest, strict=True):

@@ -59,7 +59,7 @@ def _dynamic(
     targets: Sequence[Target], sparsity: float, progress: float, scope: Any, growth: Criterion, fraction: float
 ) -> Masks:
     if any(target.mask is None for target in targets):
-        units = [Units(target.scores, target.weight.numel(), 1, target.weight.shape) for target in targets]
+        units = [Units(t.scores, t.weight.numel(), 1, t.weight.shape, t.piecewise) for t in targets]
         masks: Masks = scope(units, sparsity)
         return masks
     now = fraction / 2 * (1 + math.cos(math.pi * min(1.0, progress)))

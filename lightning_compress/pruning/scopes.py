@@ -10,7 +10,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from lightning_compress.pruning.threshold import keep_masks
+from lightning_compress.pruning.threshold import Piecewise, keep_masks
 
 __all__ = ["Masks", "Scope", "Units", "by_output", "erk", "erk_densities", "globally", "lamp", "uniform"]
 
@@ -26,12 +26,14 @@ class Units:
         count: number of units.
         size: weights in each.
         shape: of the whole weight.
+        lazy: the same scores, where they can be computed a piece at a time.
     """
 
     scores: Callable[[], Tensor]
     count: int
     size: int
     shape: torch.Size
+    lazy: Piecewise | None = None
 
 
 Scope = Callable[[Sequence[Units], float], Masks]
@@ -53,8 +55,8 @@ def globally(layers: Sequence[Units], sparsity: float) -> Masks:
     """
     if len({units.size for units in layers}) == 1:
         count = sum(units.count for units in layers)
-        masks, threshold = keep_masks([units.scores() for units in layers], round(sparsity * count))
-        return iter(masks), threshold.value
+        masks, threshold = keep_masks([units.lazy or units.scores for units in layers], round(sparsity * count))
+        return masks, threshold.value
     scores = [units.scores().flatten().float() for units in layers]
     sizes = torch.cat([torch.full((units.count,), units.size) for units in layers])
     order = torch.sort(torch.cat(scores), stable=True).indices.cpu()
@@ -79,8 +81,8 @@ def _fitting(sizes: Tensor, budget: int) -> Tensor:
 
 
 def _locally(layers: Sequence[Units], dropped: Sequence[int]) -> Masks:
-    decided = [keep_masks([units.scores()], count) for units, count in zip(layers, dropped, strict=True)]
-    return (next(iter(masks)) for masks, _ in decided), max(threshold.value for _, threshold in decided)
+    decided = [keep_masks([units.lazy or units.scores], count) for units, count in zip(layers, dropped, strict=True)]
+    return (next(masks) for masks, _ in decided), max(threshold.value for _, threshold in decided)
 
 
 def uniform(layers: Sequence[Units], sparsity: float) -> Masks:

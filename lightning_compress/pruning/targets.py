@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_compress.errors import CompressError
 from lightning_compress.pruning.criteria import magnitude, squared_magnitude
+from lightning_compress.pruning.threshold import Piecewise
 
 __all__ = ["PRUNABLE", "TRANSPOSED", "Criterion", "Target", "asks_for", "described_function"]
 
@@ -39,10 +41,8 @@ def asks_for(criterion: Criterion, known: frozenset[str]) -> frozenset[str]:
     Raises:
         TypeError: it asks for something unknown.
     """
-    parameters = inspect.signature(criterion).parameters.values()
-    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    asked = [p.name for p in named if p.default is p.empty]
-    if len(asked) == 1 and asked[0] not in known:  # a function of the weight alone may call it what it likes
+    asked = _asked(criterion)
+    if len(asked) == 1 and asked[0] not in known and _is_a_weight(asked[0], known):
         return frozenset({"weight"})
     unknown = [name for name in asked if name not in known]
     if unknown or not asked:
@@ -51,6 +51,20 @@ def asks_for(criterion: Criterion, known: frozenset[str]) -> frozenset[str]:
             f"parameters are named after what it needs: {', '.join(sorted(known))}"
         )
     return frozenset(asked)
+
+
+def _asked(criterion: Criterion) -> list[str]:
+    try:
+        parameters = inspect.signature(criterion).parameters.values()
+    except ValueError:  # torch's built-in functions have no signature
+        return ["weight, by position"]
+    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    return [p.name for p in named if p.default is p.empty]
+
+
+def _is_a_weight(name: str, known: frozenset[str]) -> bool:
+    # A function of the weight alone may call it what it likes, unless the name looks like a slip for something else.
+    return difflib.get_close_matches(name, known, n=1) in ([], ["weight"])
 
 
 @dataclass(frozen=True)
@@ -91,21 +105,20 @@ class Target:
         """Return a criterion's scores for this weight.
 
         Raises:
-            CompressError: not floats of the weight's shape.
+            ValueError: not floats of the weight's shape.
         """
-        known = frozenset(self.values) | {"weight", "name"}
-        asked = asks_for(criterion, known)
-        if "weight" in asked and "weight" not in inspect.signature(criterion).parameters:
-            scores = criterion(self.weight)
-        else:
-            own: dict[str, Callable[[], Any]] = {"weight": lambda: self.weight, "name": lambda: self.name}
-            scores = criterion(**{name: {**self.values, **own}[name]() for name in asked})
-        if scores.shape != self.weight.shape or not scores.is_floating_point():
-            raise ValueError(
-                f"criterion {described_function(criterion)} must return float scores of shape "
-                f"{tuple(self.weight.shape)} for '{self.name}', got {scores.dtype} {tuple(scores.shape)}"
-            )
-        return scores.detach()
+        own: dict[str, Callable[[], Any]] = {"weight": lambda: self.weight, "name": lambda: self.name}
+        known = {**self.values, **own}
+        asked = _asked(criterion)
+        alone = len(asked) == 1 and asked[0] not in known
+        scores: Any = criterion(self.weight) if alone else criterion(**{name: known[name]() for name in asked})
+        if isinstance(scores, Tensor) and scores.shape == self.weight.shape and scores.is_floating_point():
+            return scores.detach()
+        got = f"{scores.dtype} {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
+        raise ValueError(
+            f"criterion {described_function(criterion)} must return float scores of shape "
+            f"{tuple(self.weight.shape)} for '{self.name}', got {got}"
+        )
 
     def scores(self) -> Tensor:
         """Return the scores that patterns compare; computed anew at each call, so that none is held."""
@@ -115,6 +128,12 @@ class Target:
             return scores
         scores = scores if scores.dtype == torch.float64 else scores.float()
         return torch.where(self.mask, scores, OUT)
+
+    @property
+    def piecewise(self) -> Piecewise | None:
+        """The same scores, where they can be computed a piece of the weight at a time."""
+        simple = self.criterion in ZERO_IS_LOWEST and not self.widen
+        return Piecewise(self.weight, self.criterion) if simple else None
 
     def check(self, step: int) -> torch.dtype:
         """Raise unless all scores are finite, before any mask is made; returns their dtype.

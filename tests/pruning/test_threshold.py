@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import weakref
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,24 +12,27 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lightning_compress.errors import CompressError
 from lightning_compress.pruning import threshold
-from lightning_compress.pruning.threshold import Threshold, keep_masks, kth_smallest
+from lightning_compress.pruning.threshold import Piecewise, Threshold, keep_masks, kth_smallest
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 shapes = st.lists(st.lists(st.integers(0, 9), min_size=0, max_size=3).map(tuple), min_size=1, max_size=4)
 quick = settings(max_examples=60, deadline=None)
 
 
-def scores_like(shapes, dtype, seed, coarse):
-    """Random non-negative scores; coarse ones are full of ties, zeros, negative zeros and infinities."""
+def scores_like(shapes, dtype, seed, coarse, signed=False):
+    """Random scores; coarse ones are full of ties, zeros, negative zeros and infinities."""
     generator = torch.Generator().manual_seed(seed)
     tensors = []
     for shape in shapes:
-        value = torch.randn(shape, generator=generator, dtype=torch.float64).abs()
+        value = torch.randn(shape, generator=generator, dtype=torch.float64)
+        value = value if signed else value.abs()
         if coarse:
             value = (value * 3).round()
             value[value == 1] = -0.0
             value[value >= 8] = float("inf")
+            value[value <= -8] = float("-inf")
         tensors.append(value.to(dtype))
     return tensors
 
@@ -38,16 +43,22 @@ def flat(tensors):
 
 @st.composite
 def cases(draw):
-    tensors = scores_like(draw(shapes), draw(st.sampled_from(DTYPES)), draw(st.integers(0, 10**6)), draw(st.booleans()))
+    tensors = scores_like(
+        draw(shapes),
+        draw(st.sampled_from(DTYPES)),
+        draw(st.integers(0, 10**6)),
+        *draw(st.tuples(st.booleans(), st.booleans())),
+    )
     total = sum(tensor.numel() for tensor in tensors)
     return tensors, draw(st.integers(0, total))
 
 
 @quick
-@given(cases())
-def test_threshold_and_masks_are_those_of_a_sort(case):
+@given(cases(), st.booleans())
+def test_threshold_and_masks_are_those_of_a_sort(case, streamed):
     tensors, k = case
-    masks, found = keep_masks(tensors, k)
+    lazy, found = keep_masks([(lambda tensor=tensor: tensor) for tensor in tensors] if streamed else tensors, k)
+    masks = list(lazy)
     values = flat(tensors)
     dropped = np.zeros(values.size, dtype=bool)
     dropped[np.argsort(values, kind="stable")[:k]] = True  # stable: ties fall in order of tensor and position
@@ -69,7 +80,7 @@ def test_equal_to_torch_kthvalue(dtype, k):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_whole_range_of_a_dtype_is_ordered(dtype):
     info = torch.finfo(dtype)
-    ascending = [
+    positive = [
         0.0,
         info.smallest_normal / 4,
         info.smallest_normal,
@@ -79,14 +90,55 @@ def test_the_whole_range_of_a_dtype_is_ordered(dtype):
         info.max,
         float("inf"),
     ]
-    scores = torch.tensor(ascending[::-1], dtype=dtype)
-    assert [kth_smallest([scores], k).value for k in range(1, 9)] == scores.flip(0).tolist()
+    ascending = torch.tensor([-value for value in positive[:0:-1]] + positive, dtype=dtype)
+    for scores in (ascending, ascending[7:]):
+        assert [kth_smallest([scores.flip(0)], k).value for k in range(1, len(scores) + 1)] == scores.tolist()
+
+
+def test_pieces_of_a_function_of_single_entries_are_its_scores(monkeypatch):
+    monkeypatch.setattr(threshold, "CHUNK", 7)
+    weights = scores_like([(5, 6), (11,)], torch.float32, 3, coarse=True, signed=True)
+    lazy, found = keep_masks([Piecewise(weight, torch.abs) for weight in weights], 20)
+    masks, plain = keep_masks([weight.abs() for weight in weights], 20)
+    assert found == plain
+    assert all(torch.equal(one, other) for one, other in zip(lazy, masks, strict=True))
+
+
+def test_one_tensor_of_scores_is_alive_at_a_time():
+    alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+    most = 0
+
+    def scores(seed):
+        nonlocal most
+        made = torch.rand(100, generator=torch.Generator().manual_seed(seed))
+        alive.add(made)
+        most = max(most, len(alive))
+        return made
+
+    masks, _ = keep_masks([partial(scores, seed) for seed in range(9)], 450)
+    assert sum(int((~mask).sum()) for mask in masks) == 450
+    assert most <= 2  # the next one is made before the loop lets the last one go
+
+
+def test_scores_that_change_between_passes_are_named():
+    generator = torch.Generator().manual_seed(0)
+    with pytest.raises(CompressError, match="the scores changed between two passes"):
+        kth_smallest([lambda: torch.rand(1000, generator=generator)], 500)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nan_is_named(dtype):
+    for sign in (1.0, -1.0):
+        nan = torch.tensor([1.0, sign * float("nan")]).to(dtype).copysign(torch.tensor(sign))
+        with pytest.raises(CompressError, match="NaN in tensor 1"):
+            kth_smallest([torch.ones(2, dtype=dtype), nan], 1)
 
 
 def test_pieces_longer_than_a_chunk(monkeypatch):
     monkeypatch.setattr(threshold, "CHUNK", 7)
     tensors = scores_like([(5, 6), (11,), (0,)], torch.float32, 3, coarse=True)
-    masks, found = keep_masks(tensors, 20)
+    lazy, found = keep_masks(tensors, 20)
+    masks = list(lazy)
     assert found.value == np.partition(flat(tensors), 19)[19]
     assert sum(int((~mask).sum()) for mask in masks) == 20
 
@@ -114,7 +166,7 @@ def test_nothing_dropped_and_everything_dropped():
     scores = [torch.rand(3), torch.rand(2, 2)]
     masks, found = keep_masks(scores, 0)
     assert all(bool(mask.all()) for mask in masks)
-    assert found == Threshold(0.0, 0, 0)
+    assert found == Threshold(0.0, 0, 0, 0)
     masks, _ = keep_masks(scores, 7)
     assert not any(bool(mask.any()) for mask in masks)
 
