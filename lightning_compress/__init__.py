@@ -1,6 +1,12 @@
 """Model compression as Lightning callbacks: prune, fake-quantize and distil in the fine-tuning run you already have."""
 
-from lightning_compress.callbacks import CompressionMonitor, Distillation, GradualPruning, QuantizationAwareTraining
+from lightning_compress.callbacks import (
+    CompressionMonitor,
+    Distillation,
+    GradualPruning,
+    LotteryRewinding,
+    QuantizationAwareTraining,
+)
 from lightning_compress.distillation.losses import soft_targets
 from lightning_compress.distillation.teachers import TeacherCheckpoint
 from lightning_compress.errors import (
@@ -41,6 +47,7 @@ __all__ = [
     "GradualPruning",
     "IncompatibleCallbacks",
     "Linear",
+    "LotteryRewinding",
     "Measurement",
     "NothingToCompress",
     "OneCycle",

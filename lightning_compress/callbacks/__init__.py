@@ -1,8 +1,9 @@
 """When: the callbacks that users add to a Lightning run. The only folder that imports lightning."""
 
 from lightning_compress.callbacks.distillation import Distillation
+from lightning_compress.callbacks.lottery import LotteryRewinding
 from lightning_compress.callbacks.monitor import CompressionMonitor
 from lightning_compress.callbacks.pruning import GradualPruning
 from lightning_compress.callbacks.quantization import QuantizationAwareTraining
 
-__all__ = ["CompressionMonitor", "Distillation", "GradualPruning", "QuantizationAwareTraining"]
+__all__ = ["CompressionMonitor", "Distillation", "GradualPruning", "LotteryRewinding", "QuantizationAwareTraining"]

@@ -20,7 +20,9 @@ from lightning_compress import (
     CompressionMonitor,
     Distillation,
     GradualPruning,
+    LotteryRewinding,
     QuantizationAwareTraining,
+    Steps,
     callbacks,
     fake_quantized,
 )
@@ -122,6 +124,20 @@ def pruning(module: L.LightningModule) -> list[L.Callback]:
     return [GradualPruning(0.8, window=(2, 8), frequency=2)]
 
 
+# Lottery
+
+ROUNDS = Steps(((0.0, 0.4), (0.5, 0.8)))  # at steps 2 and 6
+
+
+def lottery(module: L.LightningModule) -> list[L.Callback]:
+    return [LotteryRewinding(to=1), GradualPruning(ROUNDS, window=(2, 8), frequency=2)]
+
+
+def rewound(run: Run) -> None:
+    pruned(run)
+    assert [step for step, _ in run.of(LotteryRewinding).rounds] == [2, 6]
+
+
 # Quantization
 
 EXACTNESS = {torch.float32: 1e-5, torch.float64: 1e-5, torch.bfloat16: 2**-7}
@@ -209,6 +225,16 @@ ROWS: tuple[Row, ...] = (
         acted=pruned,
         memory=masks,
         logs=frozenset({"compress/sparsity", "compress/sparsity_target", "compress/threshold"}),
+    ),
+    Row(
+        "lottery",
+        LotteryRewinding,
+        make=lottery,
+        default=lambda module: [LotteryRewinding(), GradualPruning(ROUNDS)],
+        off=(lambda module: [LotteryRewinding(enabled=False), GradualPruning(ROUNDS, enabled=False)],),
+        acted=rewound,
+        memory=lambda run: {**masks(run), **run.of(LotteryRewinding).snapshot},
+        logs=frozenset({"compress/rounds"}),
     ),
     Row(
         "quantization",

@@ -12,13 +12,14 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
 from torch import Tensor
 
-from lightning_compress import CompressionMonitor
+from lightning_compress import CompressionMonitor, LotteryRewinding
 from tests.conformance.cases import ROWS, Row, promise, teacher_of, without_row
 from tests.conformance.modules import Adversaries, Causal, Manual, Small
 from tests.conformance.running import KeepRandomness, Run, build, differing, train, trainer_for
 
-# The monitor changes no weight and needs company; its order is tried by its own row.
-COMPRESSING = tuple(row for row in ROWS if row.callback is not CompressionMonitor)
+# These bring their own company, which cannot be there twice; their order is tried by their own tests.
+ACCOMPANIED = (CompressionMonitor, LotteryRewinding)
+COMPRESSING = tuple(row for row in ROWS if row.callback not in ACCOMPANIED)
 SETS = [rows for size in range(2, len(COMPRESSING) + 1) for rows in combinations(COMPRESSING, size)]
 
 
