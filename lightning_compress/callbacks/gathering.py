@@ -23,42 +23,53 @@ class Gathering:
     def __init__(self, statistics: Statistics, keeper: MaskKeeper) -> None:
         self.statistics, self.keeper = statistics, keeper
         self.last_values: dict[str, Tensor] = {}
+        self._told: set[int] = set()
         self._handles: list[RemovableHandle] = []
 
     def start(self, trainer: L.Trainer, pl_module: L.LightningModule, layers: Mapping[str, nn.Module]) -> None:
         """Attach what is needed. Runs at `on_fit_start`."""
         self.stop()
         self.statistics.attach(layers)
-        # Raw optimizers and those stepped by hand have no other moment; with a closure this hook would be too early.
-        for optimizer in trainer.optimizers if self._steps_by_hand(pl_module) else ():
-            self._handles.append(optimizer.register_step_pre_hook(self._by_hand))
+        by_hand = bool(self.statistics.gradients) and not pl_module.automatic_optimization
+        for optimizer in trainer.optimizers if by_hand else ():
+            self._handles.append(optimizer.register_step_pre_hook(self._before_raw_step))
 
-    def _steps_by_hand(self, pl_module: L.LightningModule) -> bool:
-        return bool(self.statistics.gradients) and not pl_module.automatic_optimization
-
-    def _by_hand(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._gather(optimizer)
-        self.keeper.before_optimizer_step(optimizer)
+    def _before_raw_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # Torch's own optimizers, stepped by hand. Lightning's tell us in `on_before_optimizer_step`: before this hook
+        # where gradients are scaled, else from within the closure that they bring.
+        brings_closure = any(argument is not None for argument in (*args[1:], kwargs.get("closure")))
+        if not brings_closure and id(optimizer) not in self._told:
+            if not float(getattr(optimizer, "found_inf", None) or 0.0):
+                self._gather(optimizer, float(getattr(optimizer, "grad_scale", None) or 1.0))
+            self.keeper.before_optimizer_step(optimizer)
+        self._told.discard(id(optimizer))
 
     def before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         """Gather this step's gradients, then let them be masked."""
-        if self._steps_by_hand(pl_module):
-            return
-        if self.statistics.gradients and not _overflowed(trainer, optimizer):
-            self._gather(optimizer)
+        if self.statistics.gradients:
+            scaler = getattr(trainer.precision_plugin, "scaler", None)
+            if scaler is None:
+                self._gather(optimizer)
+            else:
+                self._told.add(id(optimizer))
+                if not _overflowed(optimizer):
+                    # Fused optimizers undo the scale themselves, later.
+                    scaled = getattr(optimizer, "_step_supports_amp_scaling", False)
+                    self._gather(optimizer, scaler.get_scale() if scaled else 1.0)
         self.keeper.before_optimizer_step(optimizer)
 
     def after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Let gradients be masked where no later moment is sure, unless they are still to be gathered."""
-        if not self._steps_by_hand(pl_module):
+        if not self.statistics.gradients:
             self.keeper.after_backward(trainer, pl_module)
 
     @torch.no_grad()
-    def _gather(self, optimizer: Optimizer) -> None:
+    def _gather(self, optimizer: Optimizer, scale: float = 1.0) -> None:
         for name in self.keeper.owned(optimizer):
             weight = self.keeper.weights[name]
             if weight.grad is not None:
-                self.statistics.add_gradient(name, self._live(name), weight.grad)
+                gradient = weight.grad if scale == 1.0 else weight.grad.float() / scale
+                self.statistics.add_gradient(name, self._live(name), gradient)
 
     def _live(self, name: str) -> Tensor:
         weight, mask, last = self.keeper.weights[name], self.keeper.masks.get(name), self.last_values.get(name)
@@ -95,9 +106,7 @@ class Gathering:
             self.last_values = {n: value.to(weights[n].device) for n, value in state["last_values"].items()}
 
 
-def _overflowed(trainer: L.Trainer, optimizer: Optimizer) -> bool:
-    # A gradient scaler is about to skip this step; a sum would never forget its infinities.
-    if getattr(trainer.precision_plugin, "scaler", None) is None:
-        return False
+def _overflowed(optimizer: Optimizer) -> bool:
+    # The gradient scaler is about to skip this step; a sum would never forget its infinities.
     parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
     return any(p.grad is not None and not bool(torch.isfinite(p.grad).all()) for p in parameters)

@@ -65,7 +65,7 @@ class MaskKeeper:
             if old is None:
                 self.masks[name] = mask.to(self.weights[name].device)
                 continue
-            grown = mask & ~old
+            grown = mask.to(old.device) & ~old
             if bool(grown.any()):
                 _forget(trainer.optimizers, self.weights[name], grown)
             old.copy_(mask)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_compress.pruning.scopes import Masks, Scope, Units, globally
+from lightning_compress.pruning.scopes import Masks, Scope, Units, by_output, globally
 from lightning_compress.pruning.targets import Target
 from lightning_compress.pruning.threshold import keep_masks
 
@@ -36,7 +36,7 @@ class Unstructured:
 
     def __call__(self, targets: Sequence[Target], sparsity: float, progress: float) -> Masks:
         """Return the masks."""
-        units = [Units(t.scores, t.weight.numel(), 1, t.weight.shape, t.piecewise) for t in targets]
+        units = [Units(t.scores, t.weight.numel(), 1, t.weight.shape, t.piecewise, t.output_axis) for t in targets]
         masks: Masks = self.scope(units, sparsity)
         return masks
 
@@ -64,10 +64,10 @@ class NM:
                 f"GradualPruning({final:g}, pattern=NM({self.keep}, {self.of}))"
             )
         for target in targets:
-            size = target.weight.shape[target.input_axis]
+            size = target.inputs
             if size % self.of:
                 raise ValueError(
-                    f"{self.keep}:{self.of} needs dimension {target.input_axis} of '{target.name}' to be a multiple "
+                    f"{self.keep}:{self.of} needs the inputs of each output of '{target.name}' to be a multiple "
                     f"of {self.of}, got {size}; exclude it with exclude=['{target.name.removesuffix('.weight')}']"
                 )
 
@@ -85,7 +85,7 @@ class NM:
     def _with_best(self, targets: Sequence[Target], rest: Iterator[Tensor]) -> Iterator[Tensor]:
         for target, kept in zip(targets, rest, strict=True):
             best = self._best(target)
-            yield best.masked_scatter(~best, kept)
+            yield best.masked_scatter(~best, kept.to(best.device))
 
     def _best(self, target: Target) -> Tensor:
         grouped = target.scores().movedim(target.input_axis, -1)
@@ -111,7 +111,8 @@ def _blocked(
             )
 
         size = prod(extents)
-        units.append(Units(scores, target.weight.numel() // max(1, size), size, target.weight.shape))
+        axis = target.output_axis if len(view) == target.weight.dim() else 0
+        units.append(Units(scores, target.weight.numel() // size, size, target.weight.shape, axis=axis))
     masks, threshold = scope(units, sparsity)
     return _spread(targets, masks, shapes), threshold
 
@@ -163,8 +164,16 @@ def _check_some_fit(targets: Sequence[Target], sparsity: float, sizes: Sequence[
     total = sum(target.weight.numel() for target in targets)
     if 0 < round(sparsity * total) < min(sizes):
         raise ValueError(
-            f"sparsity {sparsity:g} of {total} weights is less than the smallest unit of {pattern}, which has "
-            f"{min(sizes)}: nothing would be pruned; raise the sparsity, or select more layers"
+            f"sparsity {sparsity:g} of {total} weights is less than the smallest unit of {type(pattern).__name__}, "
+            f"which has {min(sizes)}: nothing would be pruned; raise the sparsity, or select more layers"
+        )
+
+
+def _check_compares(pattern: Rows | Heads) -> None:
+    if pattern.scope is by_output:
+        raise ValueError(
+            f"{type(pattern).__name__} are whole outputs, so that scope by_output has nothing to compare within one; "
+            f"take scope=uniform"
         )
 
 
@@ -179,6 +188,7 @@ class Rows:
 
     def check(self, targets: Sequence[Target], sparsity: float) -> None:
         """Raise if no unit is small enough for the sparsity. Runs at `setup`."""
+        _check_compares(self)
         _check_some_fit(targets, sparsity, [prod(_whole_but(t, (t.output_axis,))[1]) for t in targets], self)
 
     def __call__(self, targets: Sequence[Target], sparsity: float, progress: float) -> Masks:
@@ -230,6 +240,7 @@ class Heads:
 
     def check(self, targets: Sequence[Target], sparsity: float) -> None:
         """Raise unless the heads divide each weight's outputs. Runs at `setup`."""
+        _check_compares(self)
         for target in targets:
             outputs = target.weight.shape[target.output_axis]
             if self.count < 1 or outputs % self.count:

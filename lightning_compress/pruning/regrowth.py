@@ -66,6 +66,13 @@ def _dynamic(
     return _updated(targets, growth, now), float("nan")
 
 
+def _check_fraction(pattern: RigL | SET) -> None:
+    if not 0.0 < pattern.fraction <= 1.0:
+        raise ValueError(
+            f"fraction is the share of kept weights that an update replaces, in (0, 1], got {pattern.fraction}"
+        )
+
+
 @dataclass(frozen=True)
 class RigL:
     """Drop the smallest kept weights, grow where the gradient is largest. A mask update every `frequency` steps.
@@ -78,6 +85,9 @@ class RigL:
 
     fraction: float = 0.3
     scope: Callable[..., Any] = erk
+
+    def __post_init__(self) -> None:
+        _check_fraction(self)
 
     @property
     def growth(self) -> Criterion:
@@ -99,6 +109,9 @@ class SET:
 
     fraction: float = 0.3
     scope: Callable[..., Any] = erk
+
+    def __post_init__(self) -> None:
+        _check_fraction(self)
 
     @property
     def growth(self) -> Criterion:

@@ -27,6 +27,7 @@ class Units:
         size: weights in each.
         shape: of the whole weight.
         lazy: the same scores, where they can be computed a piece at a time.
+        axis: dimension of the scores that counts outputs.
     """
 
     scores: Callable[[], Tensor]
@@ -34,6 +35,7 @@ class Units:
     size: int
     shape: torch.Size
     lazy: Piecewise | None = None
+    axis: int = 0
 
 
 Scope = Callable[[Sequence[Units], float], Masks]
@@ -99,7 +101,7 @@ def uniform(layers: Sequence[Units], sparsity: float) -> Masks:
 
 
 def by_output(layers: Sequence[Units], sparsity: float) -> Masks:
-    """Prune each row of dimension 0 (an output) to the same sparsity, as Wanda does. Runs at each mask update.
+    """Prune the weights of each output to the same sparsity, as Wanda does. Runs at each mask update.
 
     >>> layer = Units(lambda: torch.tensor([[1.0, 2.0], [8.0, 9.0]]), 4, 1, torch.Size([2, 2]))
     >>> next(by_output([layer], 0.5)[0])
@@ -107,16 +109,17 @@ def by_output(layers: Sequence[Units], sparsity: float) -> Masks:
             [False,  True]])
     """
     starts = accumulate((units.count for units in layers), initial=0)
-    decided = (_rows(units.scores(), start, sparsity) for units, start in zip(layers, starts, strict=False))
+    decided = (_rows(units.scores(), units.axis, start, sparsity) for units, start in zip(layers, starts, strict=False))
     return decided, float("nan")
 
 
-def _rows(scores: Tensor, start: int, sparsity: float) -> Tensor:
-    rows = scores.flatten(1)
+def _rows(scores: Tensor, axis: int, start: int, sparsity: float) -> Tensor:
+    by_row = scores.movedim(axis, 0)
+    rows = by_row.flatten(1)
     # Rounded along all rows of all layers, so that the total is exact.
     ends = (torch.arange(len(rows) + 1, dtype=torch.float64) * rows.shape[1] + start).mul_(sparsity).round_().long()
     ranks = torch.sort(torch.sort(rows, dim=1, stable=True).indices, dim=1).indices
-    return (ranks >= ends.diff().unsqueeze(1).to(ranks.device)).view(scores.shape)
+    return (ranks >= ends.diff().unsqueeze(1).to(ranks.device)).view(by_row.shape).movedim(0, axis).contiguous()
 
 
 def erk_densities(shapes: Sequence[Sequence[int]], density: float) -> list[float]:
@@ -144,7 +147,7 @@ def erk_densities(shapes: Sequence[Sequence[int]], density: float) -> list[float
 def erk(layers: Sequence[Units], sparsity: float) -> Masks:
     """Prune each layer by its Erdos-Renyi-kernel share: narrow layers keep more. Runs at each mask update.
 
-    The total is exact; formula and paper as in `erk_densities`.
+    The total is exact; units larger than a weight go while they fit. Formula and paper as in `erk_densities`.
 
     >>> layers = [Units(lambda: torch.arange(4.0).view(2, 2), 4, 1, torch.Size([2, 2])),
     ...           Units(lambda: torch.arange(64.0).view(8, 8), 64, 1, torch.Size([8, 8]))]
@@ -154,26 +157,32 @@ def erk(layers: Sequence[Units], sparsity: float) -> Masks:
     shares = erk_densities([units.shape for units in layers], 1.0 - sparsity)
     exact = [(1.0 - share) * units.count for share, units in zip(shares, layers, strict=True)]
     dropped = [int(number) for number in exact]
-    missing = round(sparsity * sum(units.count for units in layers)) - sum(dropped)
+    left = round(sparsity * _weights(layers))
+    left -= sum(count * units.size for count, units in zip(dropped, layers, strict=True))
     # Largest remainders first; a layer that ERK leaves dense has none.
-    for index in sorted(range(len(exact)), key=lambda index: dropped[index] - exact[index])[: max(0, missing)]:
-        dropped[index] += 1
+    for index in sorted(range(len(exact)), key=lambda index: dropped[index] - exact[index]):
+        if layers[index].size <= left and dropped[index] < exact[index]:
+            dropped[index] += 1
+            left -= layers[index].size
     return _locally(layers, dropped)
 
 
 def _lamp_scores(units: Units) -> Tensor:
     scores = units.scores()
-    ordered, order = scores.flatten().double().square().sort()
+    ordered, order = scores.flatten().double().sort(stable=True)
+    squares = ordered.clamp_min(0.0).square()
     # The sum over this weight and all larger ones of its layer.
-    remaining = ordered.flip(0).cumsum(0).flip(0).clamp_min(1e-300)
-    return torch.empty_like(ordered).index_copy_(0, order, ordered / remaining).float().view(scores.shape)
+    remaining = squares.flip(0).cumsum(0).flip(0).clamp_min(1e-300)
+    ranked = torch.where(ordered > 0.0, squares / remaining, ordered)
+    return torch.empty_like(ordered).index_copy_(0, order, ranked).float().view(scores.shape)
 
 
 def lamp(layers: Sequence[Units], sparsity: float) -> Masks:
     """Compare weights of all layers by their score squared over that of all larger ones in their layer.
 
-    Each layer's largest weight scores 1, so that no layer is emptied first. Runs at each mask update; each pass sorts
-    each layer. Lee et al. 2021, "Layer-adaptive Sparsity for the Magnitude-based Pruning", equation 4.
+    Each layer's largest weight scores 1, so that no layer is emptied first; scores that are not positive stay as they
+    are, below all others. Runs at each mask update; each pass sorts each layer. Lee et al. 2021, "Layer-adaptive
+    Sparsity for the Magnitude-based Pruning", equation 4.
 
     >>> layer = Units(lambda: torch.tensor([1.0, 2.0]), 2, 1, torch.Size([2]))
     >>> small = Units(lambda: torch.tensor([0.1, 0.2]), 2, 1, torch.Size([2]))

@@ -47,7 +47,10 @@ def _channel(layer: nn.Module) -> int:
 
 
 def _gathers(layer: nn.Module) -> bool:
-    return STATE in layer.__dict__ and layer.training and torch.is_grad_enabled()
+    # By whether gradients are wanted: fine-tuned modules may well train in eval mode (Hugging Face's do). A tracer's
+    # tensors hold no numbers.
+    traced = torch.compiler.is_exporting() or torch.jit.is_tracing()
+    return STATE in layer.__dict__ and torch.is_grad_enabled() and not traced
 
 
 def _see_input(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

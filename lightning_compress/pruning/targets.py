@@ -97,6 +97,12 @@ class Target:
         return 0 if isinstance(self.layer, TRANSPOSED) else 1
 
     @property
+    def inputs(self) -> int:
+        """Number of inputs that each output sums over, at each position of a kernel."""
+        groups = self.layer.groups if isinstance(self.layer, TRANSPOSED) else 1
+        return self.weight.shape[self.input_axis] // int(groups)  # type: ignore[arg-type]
+
+    @property
     def output_axis(self) -> int:
         """Dimension of the weight that counts output channels."""
         return 1 - self.input_axis
