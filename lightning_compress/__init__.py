@@ -6,6 +6,7 @@ from lightning_compress.callbacks import (
     GradualPruning,
     LotteryRewinding,
     QuantizationAwareTraining,
+    Reconstruction,
 )
 from lightning_compress.distillation.losses import soft_targets
 from lightning_compress.distillation.teachers import TeacherCheckpoint
@@ -20,6 +21,7 @@ from lightning_compress.export.onnx import export_onnx
 from lightning_compress.measure.onnx_files import compare_onnx
 from lightning_compress.measure.report import Measurement, compare
 from lightning_compress.pruning.criteria import magnitude
+from lightning_compress.pruning.reconstruction import reconstruct
 from lightning_compress.quantization.attach import fake_quantized
 from lightning_compress.schedule import (
     Alternating,
@@ -52,6 +54,7 @@ __all__ = [
     "NothingToCompress",
     "OneCycle",
     "QuantizationAwareTraining",
+    "Reconstruction",
     "Steps",
     "TeacherCheckpoint",
     "UnsupportedStrategy",
@@ -60,5 +63,6 @@ __all__ = [
     "export_onnx",
     "fake_quantized",
     "magnitude",
+    "reconstruct",
     "soft_targets",
 ]

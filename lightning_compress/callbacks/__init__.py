@@ -5,5 +5,13 @@ from lightning_compress.callbacks.lottery import LotteryRewinding
 from lightning_compress.callbacks.monitor import CompressionMonitor
 from lightning_compress.callbacks.pruning import GradualPruning
 from lightning_compress.callbacks.quantization import QuantizationAwareTraining
+from lightning_compress.callbacks.reconstruction import Reconstruction
 
-__all__ = ["CompressionMonitor", "Distillation", "GradualPruning", "LotteryRewinding", "QuantizationAwareTraining"]
+__all__ = [
+    "CompressionMonitor",
+    "Distillation",
+    "GradualPruning",
+    "LotteryRewinding",
+    "QuantizationAwareTraining",
+    "Reconstruction",
+]

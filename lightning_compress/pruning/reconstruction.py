@@ -170,6 +170,7 @@ def reconstruct_weight(
     return work.masked_fill_(~kept, 0.0).to(weight.dtype), kept
 
 
+@torch.no_grad()
 def output_error(weight: Tensor, new: Tensor, hessian: Tensor) -> float:
     """Return how far the outputs moved, by their size: |X W - X W'|^2 / |X W|^2 over the inputs of the Hessian.
 

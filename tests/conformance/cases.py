@@ -22,6 +22,7 @@ from lightning_compress import (
     GradualPruning,
     LotteryRewinding,
     QuantizationAwareTraining,
+    Reconstruction,
     Steps,
     callbacks,
     fake_quantized,
@@ -104,8 +105,8 @@ class Row:
 # Pruning
 
 
-def pruned(run: Run, sparsity: float = 0.8) -> None:
-    masks: dict[str, Tensor] = run.of(GradualPruning).masks
+def pruned(run: Run, sparsity: float = 0.8, by: type[L.Callback] = GradualPruning) -> None:
+    masks: dict[str, Tensor] = run.of(by).masks
     weights = run.weights
     total = sum(mask.numel() for mask in masks.values())
     zeros = sum(int((weights[name] == 0).sum()) for name in masks)
@@ -136,6 +137,21 @@ def lottery(module: L.LightningModule) -> list[L.Callback]:
 def rewound(run: Run) -> None:
     pruned(run)
     assert [step for step, _ in run.of(LotteryRewinding).rounds] == [2, 6]
+
+
+# Reconstruction
+
+
+def reconstructed(run: Run) -> None:
+    pruned(run, 0.5, by=Reconstruction)
+    done = run.of(Reconstruction)
+    assert [step for step, *_ in done.history] == [6]
+    assert all(0.0 <= error < 1.0 for error in done.errors.values())
+    assert max(done.errors.values()) > 0.0
+
+
+def reconstruction(module: L.LightningModule) -> list[L.Callback]:
+    return [Reconstruction(0.5, at=6, batches=4)]
 
 
 # Quantization
@@ -235,6 +251,17 @@ ROWS: tuple[Row, ...] = (
         acted=rewound,
         memory=lambda run: {**masks(run), **run.of(LotteryRewinding).snapshot},
         logs=frozenset({"compress/rounds"}),
+    ),
+    Row(
+        "reconstruction",
+        Reconstruction,
+        make=reconstruction,
+        default=lambda module: [Reconstruction()],
+        off=(lambda module: [Reconstruction(0.0)], lambda module: [Reconstruction(enabled=False)]),
+        acted=reconstructed,
+        memory=lambda run: dict(run.of(Reconstruction).masks),
+        logs=frozenset({"compress/sparsity", "compress/reconstruction_error"}),
+        phases=2,
     ),
     Row(
         "quantization",

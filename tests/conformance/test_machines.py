@@ -179,7 +179,8 @@ def test_activation_checkpointing_changes_nothing(row: Row, tmp_path: Path) -> N
     recomputed = train(one, row.make(other), tmp_path)
     stored = train(other, row.make(other), tmp_path)
     row.acted(recomputed)
-    torch.testing.assert_close(recomputed.weights, stored.weights, rtol=0, atol=1e-6)
+    # To rounding: what is gathered from forwards is summed up twice.
+    torch.testing.assert_close(recomputed.weights, stored.weights, rtol=0, atol=1e-5)
     assert isinstance(one.model, nn.Sequential)
 
 
