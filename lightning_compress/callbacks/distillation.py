@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
 from collections.abc import Callable, Mapping
@@ -25,7 +24,7 @@ from lightning_compress.callbacks.contract import (
 )
 from lightning_compress.callbacks.order import Claim, check_together
 from lightning_compress.callbacks.probe import first_student_call, uncompiled
-from lightning_compress.callbacks.step import intercept
+from lightning_compress.callbacks.step import intercept, with_loss
 from lightning_compress.distillation.losses import soft_targets
 from lightning_compress.distillation.taps import Call, Tap, logits_of
 from lightning_compress.distillation.teachers import Teacher, TeacherCheckpoint, build_teacher, call_teacher
@@ -210,13 +209,7 @@ class Distillation(L.Callback):
             )
         if not calls:  # a named student that this step did not use
             return output
-        if isinstance(output, Tensor):
-            return self._mixed(pl_module, output, calls)
-        if "loss" not in output:  # Lightning says what is wrong
-            return output
-        mixed = copy.copy(output)
-        mixed["loss"] = self._mixed(pl_module, output["loss"], calls)
-        return mixed
+        return with_loss(output, lambda task: self._mixed(pl_module, task, calls))
 
     def _mixed(self, pl_module: L.LightningModule, task: Tensor, calls: list[Call]) -> Tensor:
         self._settle(pl_module, calls)

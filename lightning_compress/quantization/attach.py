@@ -22,13 +22,13 @@ from lightning_compress.errors import IncompatibleCallbacks, NothingToCompress
 from lightning_compress.quantization import fake
 from lightning_compress.quantization.grid import Range, input_grid
 from lightning_compress.quantization.observers import widen
+from lightning_compress.shadowing import remember, restore
 from lightning_compress.sharding import clean_name
 
 __all__ = ["QUANTIZABLE", "FakeQuant", "Phase", "attach", "detach", "fake_quantized"]
 
 QUANTIZABLE: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 STATE = "_fake_quant"
-ABSENT = "absent"  # a string, not an object(): it must stay the same one in copies and pickles
 
 
 class Phase(IntEnum):
@@ -98,7 +98,7 @@ def _before_forward(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     state: FakeQuant = module.__dict__[STATE]
-    state.shadowed.append(module.__dict__.get("weight", ABSENT))
+    remember(module, state.shadowed)
     # A foreign forward may have its own name for the input.
     name = "input" if "input" in kwargs else next((n for n, v in kwargs.items() if isinstance(v, Tensor)), "")
     if not args and not name:  # the forward itself says best what is missing
@@ -114,14 +114,7 @@ def _before_forward(
 
 
 def _after_forward(module: nn.Module, args: Any, output: Any) -> None:
-    shadowed = module.__dict__[STATE].shadowed
-    if not shadowed:  # an earlier pre-hook raised before ours ran
-        return
-    before = shadowed.pop()
-    if isinstance(before, str):
-        module.__dict__.pop("weight", None)
-    else:
-        module.__dict__["weight"] = before
+    restore(module, module.__dict__[STATE].shadowed)
 
 
 def check_weight(name: str, module: nn.Module) -> None:
@@ -152,7 +145,8 @@ def attach(module: nn.Module, bits: int = 8, weight_bits: int = 8, *, compiled: 
         module.__dict__[STATE] = state
         state.handles = [
             module.register_forward_pre_hook(_before_forward, with_kwargs=True),
-            module.register_forward_hook(_after_forward, always_call=True),
+            # Before a gate's, whose hooks are around these.
+            module.register_forward_hook(_after_forward, always_call=True, prepend=True),
         ]
     return state
 
