@@ -68,9 +68,9 @@ def _keys(chunk: Tensor) -> Tensor:
     bits = chunk.view(integer)
     if int(bits.min()) >= 0:
         return bits
-    negative = bits < 0
-    magnitude = bits & torch.iinfo(integer).max
-    return torch.where(negative, -magnitude, magnitude)
+    info = torch.iinfo(integer)
+    sign = bits >> (info.bits - 1)  # all ones where it is set: x ^ -1 is -x - 1
+    return (bits & info.max).bitwise_xor_(sign).sub_(sign)
 
 
 def _chunks(scored: Scored) -> Iterator[Tensor]:
@@ -81,17 +81,27 @@ def _chunks(scored: Scored) -> Iterator[Tensor]:
         yield from torch.split(tensor.detach().reshape(-1), CHUNK)
 
 
-def _check_ordered(chunk: Tensor, keys: Tensor, index: int) -> None:
+def _signed(chunk: Tensor, keys: Tensor, index: int) -> bool:
     integer, _ = LAYOUT[chunk.dtype]
     infinity = int(torch.tensor(float("inf"), dtype=chunk.dtype).view(integer))
-    low, high = torch.aminmax(keys)
-    if int(high) > infinity or int(low) < -infinity:
+    low, high = (int(bound) for bound in torch.aminmax(keys))
+    if high > infinity or low < -infinity:
         raise CompressError(f"expected scores that have an order, got NaN in tensor {index}")
+    return low < 0
+
+
+def _starting_with(prefix: int, keys: Tensor, shift: int) -> Tensor:
+    """Return the keys whose digits above `shift` are `prefix`: few, so that whole eights are passed over at once."""
+    whole = len(keys) // 8 * 8
+    hits = ((keys[:whole] >> shift) == prefix).view(torch.int64).nonzero().flatten()
+    near = torch.cat([keys[:whole].view(-1, 8)[hits].flatten(), keys[whole:]])
+    return near[(near >> shift) == prefix]
 
 
 def _histogram(scores: Sequence[Scored], dtype: torch.dtype, prefix: int | None, shift: int) -> Tensor:
     """Count the digit at `shift` among the keys whose higher digits are `prefix` (None: all)."""
     counts: Tensor | None = None
+    middle = BINS // 2  # first digits have a sign
     for index, scored in enumerate(scores):
         for chunk in _chunks(scored):
             if chunk.dtype != dtype:
@@ -101,14 +111,16 @@ def _histogram(scores: Sequence[Scored], dtype: torch.dtype, prefix: int | None,
                 )
             if not chunk.numel():
                 continue
+            if counts is None:
+                counts = torch.zeros(BINS, dtype=torch.int64, device=chunk.device)
             keys = _keys(chunk)
-            if prefix is None:
-                _check_ordered(chunk, keys, index)
-                digits = (keys.int() if keys.dtype == torch.int16 else keys >> shift) + BINS // 2  # it has the sign
+            if prefix is not None:
+                digits = ((_starting_with(prefix, keys, shift + DIGIT) >> shift) & (BINS - 1)).long()
+                counts.index_add_(0, digits, torch.ones_like(digits))  # few: a bincount is as long as its bins
+            elif _signed(chunk, keys, index):
+                counts += torch.bincount((keys >> shift).int() + middle, minlength=BINS)
             else:
-                digits = (keys[(keys >> (shift + DIGIT)) == prefix] >> shift) & (BINS - 1)
-            counted = torch.bincount(digits, minlength=BINS)
-            counts = counted if counts is None else counts.add_(counted)
+                counts[middle:] += torch.bincount(keys >> shift, minlength=middle)
     return torch.zeros(BINS, dtype=torch.int64) if counts is None else counts
 
 
@@ -174,7 +186,7 @@ def keep_masks(
     if k == 0:
         return (torch.ones(_shape(scored), dtype=torch.bool) for scored in scores), Threshold(0.0, 0, 0, 0)
     threshold = kth_smallest(scores, k, reduce)
-    return _masks(scores, threshold), threshold
+    return _masks(scores, threshold, k if reduce is _identity else None), threshold
 
 
 def _shape(scored: Scored) -> torch.Size:
@@ -183,18 +195,32 @@ def _shape(scored: Scored) -> torch.Size:
     return scored.shape if isinstance(scored, Tensor) else scored().shape
 
 
-def _masks(scores: Sequence[Scored], threshold: Threshold) -> Iterator[Tensor]:
-    quota = threshold.ties
-    for scored in scores:
+def _masks(scores: Sequence[Scored], threshold: Threshold, k: int | None) -> Iterator[Tensor]:
+    quota, dropped = threshold.ties, 0
+    for index, scored in enumerate(scores):
         tensor = scored() if not isinstance(scored, (Tensor, Piecewise)) else scored
-        shape = _shape(tensor)
-        parts = []
-        for chunk in _chunks(tensor):
-            keys = _keys(chunk) if chunk.numel() else chunk
-            mask = keys > threshold.key
-            if quota < threshold.equal:  # some of the equal ones stay: the first ones go
-                equal = (keys == threshold.key).nonzero().flatten()
-                mask[equal[max(0, quota) :]] = True
-                quota -= len(equal)
-            parts.append(mask)
-        yield torch.cat(parts).view(shape) if parts else torch.ones(shape, dtype=torch.bool)
+        device = (tensor.weight if isinstance(tensor, Piecewise) else tensor).device
+        mask = torch.empty(_shape(tensor), dtype=torch.bool, device=device)
+        for chunk, piece in zip(_chunks(tensor), torch.split(mask.view(-1), CHUNK), strict=True):
+            if chunk.numel():
+                quota -= _compare(_keys(chunk), threshold, quota, piece)
+        dropped += mask.numel() - int(torch.count_nonzero(mask))
+        if k is not None and index == len(scores) - 1 and dropped != k:
+            raise CompressError(
+                f"the scores changed after the threshold was found: {k} were to go, now {dropped}; "
+                f"a criterion must return the same scores each time it is called in one update"
+            )
+        yield mask
+
+
+def _compare(keys: Tensor, threshold: Threshold, quota: int, out: Tensor) -> int:
+    """Write keys > threshold; of those equal to it the first `quota` go. Returns how many went, if that matters."""
+    if quota == 0:
+        torch.ge(keys, threshold.key, out=out)
+        return 0
+    torch.gt(keys, threshold.key, out=out)
+    if threshold.ties == threshold.equal:
+        return 0
+    equal = (keys == threshold.key).nonzero().flatten()
+    out[equal[quota:]] = True
+    return min(quota, len(equal))

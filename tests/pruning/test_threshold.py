@@ -54,11 +54,13 @@ def cases(draw):
 
 
 @quick
-@given(cases(), st.booleans())
-def test_threshold_and_masks_are_those_of_a_sort(case, streamed):
+@given(cases(), st.booleans(), st.sampled_from([3, 8, 20, 1 << 18]))
+def test_threshold_and_masks_are_those_of_a_sort(case, streamed, chunk):
     tensors, k = case
-    lazy, found = keep_masks([(lambda tensor=tensor: tensor) for tensor in tensors] if streamed else tensors, k)
-    masks = list(lazy)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(threshold, "CHUNK", chunk)
+        lazy, found = keep_masks([(lambda tensor=tensor: tensor) for tensor in tensors] if streamed else tensors, k)
+        masks = list(lazy)
     values = flat(tensors)
     dropped = np.zeros(values.size, dtype=bool)
     dropped[np.argsort(values, kind="stable")[:k]] = True  # stable: ties fall in order of tensor and position
@@ -127,6 +129,26 @@ def test_scores_that_change_between_passes_are_named():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tensors", [1, 3])
+def test_scores_that_change_before_the_masks_are_named(dtype, tensors):
+    calls = 0
+
+    def scores():
+        nonlocal calls
+        calls += 1
+        return torch.full((10,), float(calls > before), dtype=dtype)
+
+    before = 10**6
+    keep_masks([scores] * tensors, 5)
+    before, calls = calls, 0  # from here on the scores change once the threshold is found
+    masks, _ = keep_masks([scores] * tensors, 5)
+    taken = []
+    with pytest.raises(CompressError, match="5 were to go, now 0"):
+        taken.extend(masks)
+    assert len(taken) == tensors - 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nan_is_named(dtype):
     for sign in (1.0, -1.0):
         nan = torch.tensor([1.0, sign * float("nan")]).to(dtype).copysign(torch.tensor(sign))
@@ -155,11 +177,32 @@ def test_scores_in_another_memory_order_drop_the_same_weights():
         assert torch.equal(mask, plain)
 
 
+def test_scores_that_are_not_dense_are_read_in_order():
+    scores = (torch.randn(404, generator=torch.Generator().manual_seed(0)) * 3).round()
+    for strided in (scores[::2], scores[::2].view(2, 101).t(), scores[:1].expand(100)):
+        for k in (1, 30, 99):
+            (mask,), found = keep_masks([strided], k)
+            (plain,), same = keep_masks([strided.clone(memory_format=torch.contiguous_format)], k)
+            assert torch.equal(mask, plain)
+            assert found == same
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("count", [5, 8, 83])
+def test_scores_that_differ_in_their_last_digit_only(sign, count):
+    key = torch.randperm(count, generator=torch.Generator().manual_seed(0)).int() + (1 << 30)
+    scores = sign * key.view(torch.float32)
+    found = [kth_smallest([scores[:3], scores[3:]], k) for k in range(1, count + 1)]
+    assert [one.value for one in found] == scores.sort().values.tolist()
+    assert {(one.ties, one.equal) for one in found} == {(1, 1)}
+
+
 def test_the_scores_are_only_read():
-    scores = scores_like([(20,)], torch.float32, 1, coarse=True)[0]
-    before = scores.clone().view(torch.int32)
-    keep_masks([scores], 7)
-    assert torch.equal(scores.view(torch.int32), before)
+    for signed in (False, True):
+        scores = scores_like([(20,)], torch.float32, 1, coarse=True, signed=signed)[0]
+        before = scores.clone().view(torch.int32)
+        list(keep_masks([scores], 7)[0])
+        assert torch.equal(scores.view(torch.int32), before)
 
 
 def test_nothing_dropped_and_everything_dropped():
