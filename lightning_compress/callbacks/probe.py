@@ -59,7 +59,8 @@ def _run_step(pl_module: L.LightningModule, batch: Any) -> None:
         raise _NoExamplesError
     batch = pl_module.transfer_batch_to_device(pl_module.on_before_batch_transfer(batch, 0), pl_module.device, 0)
     batch = pl_module.on_after_batch_transfer(batch, 0)
-    pl_module.training_step(batch, *([0] if "batch_idx" in names else []))
+    # As Lightning decides it: a second argument is the batch's index, whatever it is called.
+    pl_module.training_step(batch, *([0] if "batch_idx" in names or len(names) >= 2 else []))
 
 
 def _call_student(trainer: L.Trainer, pl_module: L.LightningModule) -> Any:

@@ -99,6 +99,11 @@ class GradualPruning(L.Callback):
         self.enabled = enabled and not (final == 0.0 and isinstance(self.schedule, numbered))
         asked = asks_for(criterion, KNOWN)
         grown_by = getattr(self.pattern, "growth", None)
+        if grown_by is not None and self.schedule(0.0) != final:
+            raise ValueError(
+                f"{described(self.pattern)} holds one sparsity, got {described(self.schedule)}, which moves from "
+                f"{self.schedule(0.0):g} to {final:g}; give a number or Constant"
+            )
         statistics = Statistics(asked | (asks_for(grown_by, KNOWN) if grown_by else frozenset()))
         self.clock, self.times, self.keeper = Clock(), Timetable(), MaskKeeper()
         self.gathering = Gathering(statistics, self.keeper)
@@ -226,6 +231,7 @@ class GradualPruning(L.Callback):
     @torch.no_grad()
     def _update(self, trainer: L.Trainer, step: int) -> None:
         target, before = self._target(step), self.history[-1][2] if self.history else 0.0
+        self.keeper.apply()  # the optimizer has moved what is out: its score must be that of zero
         self.gathering.statistics.reduce()
         scored = self._targets(step)
         if len({target.check(step) for target in scored}) > 1:

@@ -31,7 +31,10 @@ class Timetable:
 
     def due(self, step: int) -> bool:
         """Say whether an update follows this step; the last one always does."""
-        return step == self.end or (self.begin <= step < self.end and (step - self.begin) % self.interval == 0)
+        if step in (self.begin, self.end):
+            return True
+        regular = self.begin < step < self.end and (step - self.begin) % self.interval == 0
+        return regular and 2 * (self.end - step) >= self.interval  # not two updates close to each other at the end
 
 
 def timetable(trainer: L.Trainer, window: tuple[Moment, ...], frequency: Moment) -> Timetable:
