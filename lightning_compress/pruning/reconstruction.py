@@ -222,6 +222,32 @@ def reconstruct_layer(
     return as_weight(layer, kept, weight.shape).contiguous(), moved
 
 
+def _calibrated(
+    module: nn.Module,
+    inputs: list[Any],
+    weights: Mapping[str, Tensor],
+    shares: Mapping[str, float],
+    pattern: tuple[int, int] | None,
+    damping: float,
+    sequential: bool,
+) -> dict[str, Tensor]:
+    """Run the module over the batches, once or once for each layer, and prune what was calibrated."""
+    with evaluating(module), watching(module, weights) as hessians:
+        order = in_forward_order(module, inputs[:1] if sequential else inputs, hessians.layers)
+        if not order:
+            raise NothingToCompress(f"none of the selected layers runs in these batches: {', '.join(weights)}")
+        order += [name for name in weights if name not in order]
+        masks: dict[str, Tensor] = {}
+        for together in [[name] for name in order] if sequential else [order]:
+            hessians.start(together)
+            run(module, inputs)
+            for name in together:
+                layer, share = hessians.layers[name][0], shares[name]
+                masks[name], _ = reconstruct_layer(name, layer, weights[name], hessians[name], share, pattern, damping)
+            hessians.stop(together)
+    return {name: masks[name] for name in weights}
+
+
 def reconstruct(
     module: nn.Module,
     batches: Iterable[Any],
@@ -271,19 +297,4 @@ def reconstruct(
         raise ValueError("reconstruct needs at least one batch of inputs to calibrate on, got none")
     weights = select_weights(module, RECONSTRUCTIBLE, include, exclude)
     check_groups(pattern, sparsity, weights)
-    own, masks = share_zeros(weights, sparsity), dict[str, Tensor]()
-    with evaluating(module), watching(module, weights) as hessians:
-        order = in_forward_order(module, inputs if not sequential else inputs[:1], hessians.layers)
-        if not order:
-            raise NothingToCompress(f"none of the selected layers runs in these batches: {', '.join(weights)}")
-        order += [name for name in weights if name not in order]
-        for group in [[name] for name in order] if sequential else [order]:
-            hessians.start(group)
-            run(module, inputs)
-            for name in group:
-                layer = hessians.layers[name][0]
-                masks[name], _ = reconstruct_layer(
-                    name, layer, weights[name], hessians[name], own[name], pattern, damping
-                )
-            hessians.stop(group)
-    return {name: masks[name] for name in weights}
+    return _calibrated(module, inputs, weights, share_zeros(weights, sparsity), pattern, damping, sequential)
