@@ -30,6 +30,7 @@ import lightning.pytorch as L
 import torch
 import transformers
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
 from lightning_compress import Distillation, GradualPruning
@@ -48,7 +49,7 @@ Cell = dict[str, Any]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one row of a table is trained; an epoch is 125 steps."""
+    """How one row of a table is trained; an epoch is 4000 sentences."""
 
     sparsity: float = 0.0
     pattern: Callable[..., Any] | None = None
@@ -56,12 +57,16 @@ class Recipe:
     distilled: bool = False
     pretrained: bool = False  # start from the pretrained encoder instead of the dense fine-tuned model
     epochs: int = 1
+    batch_size: int = 32
     learning_rate: float = 2e-4
     window: tuple[float, float] = (0.1, 0.7)
+    frequency: float = 0.01
+    frozen_embeddings: bool = False
 
 
 def law(criterion: Callable[..., Tensor], sparsity: float) -> Recipe:
-    return Recipe(sparsity, criterion=criterion, pretrained=True, epochs=2)
+    own = {"pretrained": True, "batch_size": 16, "frequency": 0.04, "frozen_embeddings": True}  # 250 steps
+    return Recipe(sparsity, criterion=criterion, **own)
 
 
 RECIPES = {
@@ -95,7 +100,8 @@ def fit(model: TextClassifier, data: RottenTomatoes, recipe: Recipe, callbacks: 
         enable_checkpointing=False,
         enable_model_summary=False,
     )
-    trainer.fit(model, data)
+    options = {"batch_size": recipe.batch_size, "shuffle": True, "drop_last": True, "collate_fn": data.batch_of}
+    trainer.fit(model, DataLoader(data.train, **options))
     return 100.0 * trainer.test(model, data, verbose=False)[0]["test_accuracy"]
 
 
@@ -103,12 +109,18 @@ def start(recipe: Recipe, dense: Path) -> TextClassifier:
     model = TextClassifier(encoder_weights(), learning_rate=recipe.learning_rate)
     if not recipe.pretrained:
         model.load_state_dict(torch.load(dense, weights_only=True))
+    model.encoder.embeddings.requires_grad_(not recipe.frozen_embeddings)
     return model
 
 
 def callbacks_of(recipe: Recipe, dense: TextClassifier) -> list[L.Callback]:
     pruning = GradualPruning(
-        recipe.sparsity, recipe.window, include=[ENCODER], criterion=recipe.criterion, pattern=recipe.pattern
+        recipe.sparsity,
+        recipe.window,
+        recipe.frequency,
+        include=[ENCODER],
+        criterion=recipe.criterion,
+        pattern=recipe.pattern,
     )
     return [pruning, Distillation(teacher=copy.deepcopy(dense), enabled=recipe.distilled)]
 
