@@ -82,7 +82,7 @@ def sparsegpt(run: Run) -> nn.Module:
 
 
 def l0(run: Run) -> nn.Module:
-    """Louizos et al. 2018; the weight of the term is the best of 1e-6, 1e-5 and 1e-4 for LeNet-300-100, seed 3, 98 %."""
+    """Louizos et al. 2018; its weight is the best of 1e-6, 1e-5 and 1e-4 on LeNet-300-100, seed 3, 98 %."""
     return run.fine_tuned(SparsityRegularization(HardConcrete(), 1e-4, run.sparsity, run.window(), LAYERS))
 
 
