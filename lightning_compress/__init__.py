@@ -7,6 +7,7 @@ from lightning_compress.callbacks import (
     LotteryRewinding,
     QuantizationAwareTraining,
     Reconstruction,
+    SparsityRegularization,
 )
 from lightning_compress.distillation.losses import soft_targets
 from lightning_compress.distillation.teachers import TeacherCheckpoint
@@ -55,6 +56,7 @@ __all__ = [
     "OneCycle",
     "QuantizationAwareTraining",
     "Reconstruction",
+    "SparsityRegularization",
     "Steps",
     "TeacherCheckpoint",
     "UnsupportedStrategy",

@@ -6,6 +6,7 @@ from lightning_compress.callbacks.monitor import CompressionMonitor
 from lightning_compress.callbacks.pruning import GradualPruning
 from lightning_compress.callbacks.quantization import QuantizationAwareTraining
 from lightning_compress.callbacks.reconstruction import Reconstruction
+from lightning_compress.callbacks.regularization import SparsityRegularization
 
 __all__ = [
     "CompressionMonitor",
@@ -14,4 +15,5 @@ __all__ = [
     "LotteryRewinding",
     "QuantizationAwareTraining",
     "Reconstruction",
+    "SparsityRegularization",
 ]

@@ -33,7 +33,7 @@ from lightning_compress.pruning.criteria import magnitude
 from lightning_compress.pruning.gates import Gate
 from lightning_compress.pruning.gating import LearnedGates, called_weights
 from lightning_compress.pruning.patterns import Unstructured
-from lightning_compress.pruning.penalties import Penalty, l1, penalties_of
+from lightning_compress.pruning.penalties import l1, penalties_of
 from lightning_compress.pruning.targets import PRUNABLE, Criterion, Target
 from lightning_compress.schedule import Constant, Moment, Schedule, check_sparsity, resolve_window
 from lightning_compress.select import layers_of, patterns_or_none, select_weights
@@ -70,7 +70,7 @@ class SparsityRegularization(L.Callback):
 
     def __init__(
         self,
-        term: Penalty | Gate = l1,
+        term: Callable[..., Any] = l1,
         weight: float | Schedule = 1e-4,
         sparsity: float = 0.9,
         window: tuple[Moment, Moment] = (0.1, 0.7),
@@ -79,7 +79,7 @@ class SparsityRegularization(L.Callback):
         enabled: bool = True,
     ) -> None:
         super().__init__()
-        if not (callable(term) or isinstance(term, Gate)):
+        if not callable(term):
             raise TypeError(f"term must be a function, weight -> scalar tensor, or a gate, got {term!r}")
         if not callable(weight) and (isinstance(weight, bool) or not (math.isfinite(weight) and weight >= 0.0)):
             raise ValueError(f"weight is the term's factor in the loss, at least 0, got {weight!r}")
@@ -223,7 +223,7 @@ class SparsityRegularization(L.Callback):
     def _terms(self) -> list[Tensor]:
         if self.gates:
             return self.gates.penalties(self.weights)
-        return penalties_of(self.term, self.weights)  # type: ignore[arg-type]
+        return penalties_of(self.term, self.weights)
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         if self.gates and self.gates.attached:

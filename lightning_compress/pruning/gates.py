@@ -1,7 +1,7 @@
 """Gates: parameters learned beside a weight that say what of it gets through.
 
-A gate is a frozen object of options with the five methods of `Gate`; its formula is a plain function beside it. What
-it learns is a tensor owned by `SparsityRegularization`, never a parameter of the module.
+A gate is a frozen object of options with the methods of `Gate`, called with a weight and its parameter; its formula is
+a plain function beside it. What it learns is a tensor owned by `SparsityRegularization`, never a module's parameter.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Gate(Protocol):
         """Return the noise of an optimizer step, the same on each process; None if there is none."""
         ...
 
-    def gated(self, weight: Tensor, parameter: Tensor, noise: Tensor | None) -> Tensor:
+    def __call__(self, weight: Tensor, parameter: Tensor, noise: Tensor | None) -> Tensor:
         """Return what the layer computes with, of the weight's shape; without noise as in evaluation."""
         ...
 
@@ -138,7 +138,7 @@ class HardConcrete:
         drawn = torch.rand(parameter.shape, generator=generator, device=parameter.device, dtype=parameter.dtype)
         return drawn.clamp_(EDGE, 1.0 - EDGE)
 
-    def gated(self, weight: Tensor, parameter: Tensor, noise: Tensor | None) -> Tensor:
+    def __call__(self, weight: Tensor, parameter: Tensor, noise: Tensor | None) -> Tensor:
         """Return the weight times its gates."""
         gates = hard_concrete(parameter, noise, self.beta, self.gamma, self.zeta)
         return weight * gates.to(weight.dtype)
@@ -194,7 +194,7 @@ class SoftThreshold:
         """Return None."""
         return
 
-    def gated(self, weight: Tensor, parameter: Tensor, noise: Tensor | None) -> Tensor:
+    def __call__(self, weight: Tensor, parameter: Tensor, noise: Tensor | None) -> Tensor:
         """Return the weight beyond its threshold."""
         return soft_threshold(weight, torch.sigmoid(parameter).to(weight.dtype))
 
@@ -235,7 +235,7 @@ class SoftMovement:
         ValueError: a learning rate that is not positive, or an initial score that shuts everything.
     """
 
-    learning_rate: float = 0.01
+    learning_rate: float = 0.02
     threshold: float = 0.0
     initial_score: float = 0.5
 
@@ -251,7 +251,7 @@ class SoftMovement:
         """Return None."""
         return
 
-    def gated(self, weight: Tensor, parameter: Tensor, noise: Tensor | None) -> Tensor:
+    def __call__(self, weight: Tensor, parameter: Tensor, noise: Tensor | None) -> Tensor:
         """Return the weights whose scores are above the threshold."""
         return weight * straight_through_mask(parameter, self.threshold).to(weight.dtype)
 

@@ -33,6 +33,7 @@ class Gated:
 
     gate: Gate
     parameter: Tensor
+    values: Tensor  # the same memory without gradient: an exporter would warn of the parameter
     noise: Tensor | None = None
     shadowed: list[Any] = field(default_factory=list)
     handles: list[RemovableHandle] = field(default_factory=list)
@@ -43,8 +44,9 @@ def _before_forward(module: nn.Module, args: Any) -> None:
     remember(module, state.shadowed)
     weight: Tensor = module.weight  # type: ignore[assignment]
     # A frozen or toggled weight learns nothing now, and neither does its gate.
-    parameter = state.parameter if weight.requires_grad else state.parameter.detach()
-    module.__dict__["weight"] = state.gate.gated(weight, parameter, state.noise if module.training else None)
+    learns = weight.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_exporting()
+    noise = state.noise if module.training else None
+    module.__dict__["weight"] = state.gate(weight, state.parameter if learns else state.values, noise)
 
 
 def _after_forward(module: nn.Module, args: Any, output: Any) -> None:
@@ -53,7 +55,7 @@ def _after_forward(module: nn.Module, args: Any, output: Any) -> None:
 
 def attach_gate(module: nn.Module, gate: Gate, parameter: Tensor) -> Gated:
     """Let a layer compute with its gated weight from now on: with noise in training mode, without in evaluation."""
-    state = Gated(gate, parameter)
+    state = Gated(gate, parameter, parameter.detach())
     module.__dict__[STATE] = state
     state.handles = [
         module.register_forward_pre_hook(_before_forward, prepend=True),
@@ -133,7 +135,7 @@ class LearnedGates:
         for name, parameter in self.parameters.items():
             if name in weights:
                 weight = weights[name]
-                weight.copy_(self.gate.gated(weight.detach(), parameter.to(weight.device), None))
+                weight.copy_(self.gate(weight.detach(), parameter.to(weight.device), None))
 
     def scores(self, name: str, weight: Tensor) -> Tensor:
         """Return the keep scores of one weight."""

@@ -23,10 +23,12 @@ from lightning_compress import (
     LotteryRewinding,
     QuantizationAwareTraining,
     Reconstruction,
+    SparsityRegularization,
     Steps,
     callbacks,
     fake_quantized,
 )
+from lightning_compress.pruning.gates import HardConcrete
 from tests.conformance.modules import Adversaries, LateSetup, Small
 from tests.conformance.running import Run
 
@@ -154,6 +156,18 @@ def reconstruction(module: L.LightningModule) -> list[L.Callback]:
     return [Reconstruction(0.5, at=6, batches=4)]
 
 
+# Regularization
+
+
+def regularized(run: Run) -> None:
+    pruned(run, by=SparsityRegularization)
+    assert [step for step, *_ in run.of(SparsityRegularization).history] == [6]
+
+
+def regularization(module: L.LightningModule) -> list[L.Callback]:
+    return [SparsityRegularization(HardConcrete(), weight=1e-3, sparsity=0.8, window=(2, 6))]
+
+
 # Quantization
 
 EXACTNESS = {torch.float32: 1e-5, torch.float64: 1e-5, torch.bfloat16: 2**-7}
@@ -262,6 +276,20 @@ ROWS: tuple[Row, ...] = (
         memory=lambda run: dict(run.of(Reconstruction).masks),
         logs=frozenset({"compress/sparsity", "compress/reconstruction_error"}),
         phases=2,
+    ),
+    Row(
+        "regularization",
+        SparsityRegularization,
+        make=regularization,
+        default=lambda module: [SparsityRegularization()],
+        off=(
+            lambda module: [SparsityRegularization(weight=0.0, sparsity=0.0)],
+            lambda module: [SparsityRegularization(enabled=False)],
+        ),
+        acted=regularized,
+        memory=lambda run: dict(run.of(SparsityRegularization).masks),
+        logs=frozenset({"compress/sparsity", "compress/loss/HardConcrete"}),
+        phases=3,
     ),
     Row(
         "quantization",

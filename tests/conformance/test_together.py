@@ -12,7 +12,13 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
 from torch import Tensor
 
-from lightning_compress import CompressionMonitor, GradualPruning, LotteryRewinding, Reconstruction
+from lightning_compress import (
+    CompressionMonitor,
+    GradualPruning,
+    LotteryRewinding,
+    Reconstruction,
+    SparsityRegularization,
+)
 from tests.conformance.cases import ROWS, Row, promise, teacher_of, without_row
 from tests.conformance.modules import Adversaries, Causal, Manual, Small
 from tests.conformance.running import KeepRandomness, Run, build, differing, train, trainer_for
@@ -21,7 +27,7 @@ from tests.conformance.running import KeepRandomness, Run, build, differing, tra
 ACCOMPANIED = (CompressionMonitor, LotteryRewinding)
 COMPRESSING = tuple(row for row in ROWS if row.callback not in ACCOMPANIED)
 # Two that prune the same weights cannot meet.
-PRUNING = {GradualPruning, Reconstruction}
+PRUNING = {GradualPruning, Reconstruction, SparsityRegularization}
 SETS = [
     rows
     for size in range(2, len(COMPRESSING) + 1)

@@ -66,7 +66,7 @@ def test_hard_concrete_of_evaluation_is_equation_13() -> None:
 def test_expected_l0_is_the_share_of_open_gates(gate: HardConcrete, log_alpha: float) -> None:
     """Monte Carlo over a million gates; the tolerance is four standard deviations."""
     parameter = torch.full((1_000_000,), log_alpha)
-    gates = gate.gated(torch.ones_like(parameter), parameter, gate.noise(parameter, "weight", 3))
+    gates = gate(torch.ones_like(parameter), parameter, gate.noise(parameter, "weight", 3))
     probability = float(gate.penalty(parameter[:1]))
     deviation = math.sqrt(probability * (1 - probability) / 1_000_000)
     assert float((gates != 0).float().mean()) == pytest.approx(probability, abs=4 * deviation + 1e-7)
@@ -103,7 +103,7 @@ def test_movement_shuts_in_the_forward_and_passes_in_the_backward() -> None:
     assert mask.tolist() == [0.0, 0.0, 1.0, 1.0]
     weight = torch.tensor([2.0, -3.0, 5.0, -7.0], requires_grad=True)
     gradient = torch.tensor([1.0, 10.0, 100.0, 1000.0])
-    SoftMovement(threshold=0.1).gated(weight, scores, None).backward(gradient)
+    SoftMovement(threshold=0.1)(weight, scores, None).backward(gradient)
     assert torch.equal(scores.grad, gradient * weight.detach())  # equation of movement: dL/dS = dL/dW' * W
     assert torch.equal(weight.grad, gradient * mask.detach())
 
@@ -116,7 +116,7 @@ def test_gradients_to_weight_and_parameter(gate: Gate) -> None:
         parameter = parameter * 0 + weight_of(3, 4) * 0.3
     noise = gate.noise(parameter, "weight", 0)
     parameter = parameter.detach().requires_grad_()
-    assert torch.autograd.gradcheck(lambda w, p: gate.gated(w, p, noise), (weight, parameter), eps=1e-7)
+    assert torch.autograd.gradcheck(lambda w, p: gate(w, p, noise), (weight, parameter), eps=1e-7)
     assert torch.autograd.gradcheck(gate.penalty, parameter)
 
 
@@ -134,7 +134,7 @@ def test_penalties_by_hand() -> None:
 def test_a_new_gate_lets_nearly_everything_through(gate: Gate, dtype: torch.dtype) -> None:
     weight = weight_of(30, 40, dtype=dtype)
     parameter = gate.initial(weight)
-    gated = gate.gated(weight, parameter, None)
+    gated = gate(weight, parameter, None)
     assert parameter.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert gated.dtype == dtype
     assert gate.scores(weight, parameter).shape == weight.shape
@@ -148,7 +148,7 @@ def test_scores_say_what_the_gate_lets_through(gate: Gate) -> None:
     weight = weight_of(20, 20)
     parameter = gate.initial(weight)
     parameter = parameter + (weight_of(400).view_as(parameter) * 3 if parameter.dim() else 5.0)
-    gated, scores = gate.gated(weight, parameter, None), gate.scores(weight, parameter)
+    gated, scores = gate(weight, parameter, None), gate.scores(weight, parameter)
     shut = gated == 0
     assert 0 < int(shut.sum()) < shut.numel()
     if isinstance(gate, HardConcrete):  # the weight counts too
