@@ -29,6 +29,7 @@ KNOWN = {
         "_data_fetcher",
         "_load_state_dicts",
     },
+    "callbacks/gathering.py": {"_step_supports_amp_scaling"},
     "distillation/taps.py": {"_global_forward_hooks_with_kwargs"},
     "quantization/attach.py": {"_version"},
 }
@@ -182,6 +183,18 @@ def test_a_fused_optimizers_hook_sees_found_inf_of_the_gradient_scaler(optimizer
         scaler.update()
     assert seen == [0.0, 1.0]
     assert not hasattr(fused, "found_inf")
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_optimizer_that_undoes_the_gradient_scale_itself_says_so(fused):
+    weight, seen = nn.Parameter(torch.ones(2)), []
+    optimizer = torch.optim.SGD([weight], lr=0.1, fused=fused)
+    optimizer.register_step_pre_hook(lambda this, args, kwargs: seen.append(float(getattr(this, "grad_scale", 1.0))))
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(weight.sum()).backward()
+    scaler.step(optimizer)
+    assert getattr(optimizer, "_step_supports_amp_scaling", False) == fused
+    assert seen == [8.0 if fused else 1.0]
 
 
 def test_torch_keeps_a_global_hooks_keyword_entry_after_its_removal():
