@@ -8,6 +8,8 @@ from lightning_compress.callbacks import (
     QuantizationAwareTraining,
     Reconstruction,
     SparsityRegularization,
+    StructuredPruning,
+    load_from_checkpoint,
 )
 from lightning_compress.distillation.losses import soft_targets
 from lightning_compress.distillation.teachers import TeacherCheckpoint
@@ -21,6 +23,7 @@ from lightning_compress.errors import (
 from lightning_compress.export.onnx import export_onnx
 from lightning_compress.measure.onnx_files import compare_onnx
 from lightning_compress.measure.report import Measurement, compare
+from lightning_compress.pruning.channels import Removal
 from lightning_compress.pruning.criteria import magnitude
 from lightning_compress.pruning.reconstruction import reconstruct
 from lightning_compress.quantization.attach import fake_quantized
@@ -56,14 +59,17 @@ __all__ = [
     "OneCycle",
     "QuantizationAwareTraining",
     "Reconstruction",
+    "Removal",
     "SparsityRegularization",
     "Steps",
+    "StructuredPruning",
     "TeacherCheckpoint",
     "UnsupportedStrategy",
     "compare",
     "compare_onnx",
     "export_onnx",
     "fake_quantized",
+    "load_from_checkpoint",
     "magnitude",
     "reconstruct",
     "soft_targets",

@@ -1,12 +1,14 @@
 """When: the callbacks that users add to a Lightning run. The only folder that imports lightning."""
 
 from lightning_compress.callbacks.distillation import Distillation
+from lightning_compress.callbacks.loading import load_from_checkpoint
 from lightning_compress.callbacks.lottery import LotteryRewinding
 from lightning_compress.callbacks.monitor import CompressionMonitor
 from lightning_compress.callbacks.pruning import GradualPruning
 from lightning_compress.callbacks.quantization import QuantizationAwareTraining
 from lightning_compress.callbacks.reconstruction import Reconstruction
 from lightning_compress.callbacks.regularization import SparsityRegularization
+from lightning_compress.callbacks.structured import StructuredPruning
 
 __all__ = [
     "CompressionMonitor",
@@ -16,4 +18,6 @@ __all__ = [
     "QuantizationAwareTraining",
     "Reconstruction",
     "SparsityRegularization",
+    "StructuredPruning",
+    "load_from_checkpoint",
 ]

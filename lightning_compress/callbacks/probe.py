@@ -95,6 +95,7 @@ def first_student_call(
     tap = Tap(open=True, stop=True)
     remove = tap.attach_outermost(pl_module) if student is None else tap.attach(pl_module, student)
     modes = [(module, module.training) for module in pl_module.modules()]
+    learned = [(parameter, parameter.requires_grad) for parameter in pl_module.parameters()]
     try:
         trainer.fit_loop.setup_data()  # what it draws stays drawn: the run will not load its data again
         with isolate_rng(), torch.enable_grad(), uncompiled():
@@ -103,4 +104,6 @@ def first_student_call(
         remove()
         for module, training in modes:
             module.training = training
+        for parameter, requires_grad in learned:  # a step may have been left between toggle and untoggle
+            parameter.requires_grad_(requires_grad)
     return (batch, tap.calls[0]) if tap.calls else None

@@ -49,7 +49,7 @@ def _channel(layer: nn.Module) -> int:
 def _gathers(layer: nn.Module) -> bool:
     # By whether gradients are wanted: fine-tuned modules may well train in eval mode (Hugging Face's do). A tracer's
     # tensors hold no numbers.
-    traced = torch.compiler.is_exporting() or torch.jit.is_tracing()
+    traced = torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     return STATE in layer.__dict__ and torch.is_grad_enabled() and not traced
 
 
@@ -84,7 +84,7 @@ class Statistics:
         for layer in {id(layer): layer for layer in self.layers.values()}.values() if self.activations else ():
             activity = layer.__dict__[STATE] = Activity()
             if "input_norm" in self.activations:
-                activity.handles.append(layer.register_forward_pre_hook(_see_input, with_kwargs=True))
+                activity.handles.append(layer.register_forward_pre_hook(_see_input, with_kwargs=True, prepend=True))
             if self.activations - {"input_norm"}:
                 activity.handles.append(layer.register_forward_hook(_see_output))
 

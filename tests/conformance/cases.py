@@ -25,6 +25,7 @@ from lightning_compress import (
     Reconstruction,
     SparsityRegularization,
     Steps,
+    StructuredPruning,
     callbacks,
     fake_quantized,
 )
@@ -168,6 +169,26 @@ def regularization(module: L.LightningModule) -> list[L.Callback]:
     return [SparsityRegularization(HardConcrete(), weight=1e-3, sparsity=0.8, window=(2, 6))]
 
 
+# Structured pruning
+
+
+def shrunken(run: Run) -> None:
+    callback = run.of(StructuredPruning)
+    assert callback.complete
+    assert callback.history[-1][2] >= 0.4
+    full, weights = callback.traced.shapes, run.weights
+    assert all(weights[name].dim() == len(shape) for name, shape in full.items())
+    assert sum(weights[name].numel() for name in full) < sum(shape.numel() for shape in full.values())
+
+
+def survivors(run: Run) -> dict[str, Tensor]:
+    return dict(run.of(StructuredPruning).traced.survivors.kept)
+
+
+def structured(module: L.LightningModule) -> list[L.Callback]:
+    return [StructuredPruning(0.4, window=(2, 8), frequency=2)]
+
+
 # Quantization
 
 EXACTNESS = {torch.float32: 1e-5, torch.float64: 1e-5, torch.bfloat16: 2**-7}
@@ -290,6 +311,20 @@ ROWS: tuple[Row, ...] = (
         memory=lambda run: dict(run.of(SparsityRegularization).masks),
         logs=frozenset({"compress/sparsity", "compress/loss/HardConcrete"}),
         phases=3,
+    ),
+    Row(
+        "structured",
+        StructuredPruning,
+        make=structured,
+        default=lambda module: [StructuredPruning(0.4)],
+        off=(lambda module: [StructuredPruning(0.0)], lambda module: [StructuredPruning(enabled=False)]),
+        acted=shrunken,
+        memory=survivors,
+        logs=frozenset({"compress/removed_macs", "compress/parameters"}),
+        phases=3,
+        excused={
+            "checkpoints are plain": "they carry their shapes: tests/callbacks/test_structured.py",
+        },
     ),
     Row(
         "quantization",

@@ -1,0 +1,74 @@
+"""Checkpoints of a module that has changed its shape: what they carry, and how they are loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import lightning.pytorch as L
+import torch
+from torch import nn
+
+from lightning_compress.callbacks.step import intercept
+from lightning_compress.errors import CheckpointMismatch
+from lightning_compress.pruning.shrink import describe_shapes, restore_shapes
+
+__all__ = ["SIGNPOST", "load_from_checkpoint", "restoring_shapes", "save_shapes"]
+
+SHAPES = "lightning_compress_shapes"
+# A plain strict load names unexpected keys: this one says what to do.
+SIGNPOST = (
+    "this checkpoint is of a shrunken model; load it with lightning_compress.load_from_checkpoint(path, YourModule)"
+)
+Module = TypeVar("Module", bound=L.LightningModule)
+
+
+def save_shapes(pl_module: nn.Module, checkpoint: dict[str, Any], shrunken: bool) -> None:
+    """Write down the module's shapes next to its weights, and in the weights a sign for who loads them plainly."""
+    checkpoint[SHAPES] = describe_shapes(pl_module)
+    if shrunken:
+        checkpoint["state_dict"] = {**checkpoint["state_dict"], SIGNPOST: torch.zeros(0)}
+
+
+def _reshape(pl_module: nn.Module, checkpoint: dict[str, Any]) -> None:
+    checkpoint["state_dict"].pop(SIGNPOST, None)
+    if SHAPES in checkpoint:
+        restore_shapes(pl_module, checkpoint[SHAPES])
+
+
+def restoring_shapes(pl_module: L.LightningModule) -> Callable[[], None]:
+    """Give the module a checkpoint's shapes before its weights are loaded; returns the end of it. Runs at `setup`."""
+
+    def client(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        _reshape(pl_module, args[0])
+        return original(*args, **kwargs)
+
+    return intercept(pl_module, "on_load_checkpoint", client)
+
+
+def load_from_checkpoint(path: str, module_class: type[Module], **kwargs: Any) -> Module:
+    """Load a checkpoint of a module that StructuredPruning has shrunk: `module_class.load_from_checkpoint`, reshaped.
+
+    Args:
+        path: a checkpoint made with the callback in the Trainer's list.
+        module_class: the LightningModule's class.
+        kwargs: as for `load_from_checkpoint`: `map_location`, arguments of the constructor.
+
+    Raises:
+        CheckpointMismatch: the shapes are not in it (`save_weights_only=True`).
+    """
+
+    def on_load_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
+        if SHAPES not in checkpoint:
+            raise CheckpointMismatch(
+                f"'{path}' holds no shapes: it was saved with save_weights_only=True or without StructuredPruning; "
+                f"save whole checkpoints, or use {module_class.__name__}.load_from_checkpoint"
+            )
+        _reshape(self, checkpoint)
+        module_class.on_load_checkpoint(self, checkpoint)
+
+    # A subclass for the time of loading: the weights are loaded inside Lightning's own function, after this hook.
+    reshaping: Any = type(module_class.__name__, (module_class,), {"on_load_checkpoint": on_load_checkpoint})
+    module: Module = reshaping.load_from_checkpoint(path, **kwargs)
+    module.__class__ = module_class
+    return module
