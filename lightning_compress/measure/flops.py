@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from lightning_compress.pruning.tracing import plain_forward
 from lightning_compress.sharding import clean_name
 
 __all__ = ["count_macs", "macs_per_weight"]
@@ -27,7 +28,7 @@ def count_macs(module: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str,
     >>> count_macs(nn.Linear(3, 2), (torch.zeros(5, 3),))
     30
     """
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with plain_forward(), FlopCounterMode(display=False) as counter:
         module(*args, **(kwargs or {}))
     return int(counter.get_total_flops()) // 2
 
@@ -44,7 +45,7 @@ def macs_per_weight(
     {'weight': 36.0}
     """
     counter = _Positions({id(parameter): clean_name(name) for name, parameter in module.named_parameters()})
-    with torch.no_grad(), counter:
+    with plain_forward(), counter:
         module(*args, **(kwargs or {}))
     return counter.positions
 

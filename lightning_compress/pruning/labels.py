@@ -56,9 +56,11 @@ class Labels:
 
     def root(self, labels: Tensor) -> Tensor:
         """Return for each label the one that stands for all that it is joined with."""
-        while not torch.equal(above := self.parent[self.parent], self.parent):
-            self.parent = above
-        return self.parent[labels]
+        roots = self.parent[labels]
+        while not torch.equal(above := self.parent[roots], roots):
+            roots = above
+        self.parent[labels] = roots  # the next way up is short
+        return roots
 
     def join(self, first: Tensor, second: Tensor) -> None:
         """Join labels element by element after broadcasting; 0 is joined with nothing."""
@@ -197,15 +199,15 @@ class Labels:
         Channels can only go in whole slices: of a value viewed as groups x channels, the same channels of every
         group, or whole groups, whichever are more.
         """
-        before = None
-        while before is None or not torch.equal(before, self.parent):
-            before = self.parent.clone()
+        everything = torch.arange(len(self.parent))
+        before: Tensor | None = None
+        while before is None or not torch.equal(before, self.root(everything)):
+            before = self.root(everything)
             for layer in self.uneven:
                 layer = self.compact(layer)
                 longest = max(varying(layer), key=lambda dim: layer.shape[dim], default=0)
                 for dim in varying(layer) - {longest}:
                     self.join(layer, layer.narrow(dim, 0, 1))
-            self.root(self.parent)
 
 
 def _variation(value: Value) -> list[set[int]]:

@@ -42,12 +42,19 @@ def same(labels: Labels, call: Call) -> Value:
     return replace(value, shape=tuple(call.shapes))
 
 
+def plain(labels: Labels, call: Call) -> Any:
+    """Take nothing of the input but its type: what is made has a size of its own."""
+    del labels
+    return unlabelled(call.shapes)
+
+
 NAMES: dict[Rule, str] = {
     pointwise: "copy fill where masked_fill clamp maximum minimum lerp addcmul addcdiv tril triu rsub pow",
     same: """dropout feature_dropout alpha_dropout feature_alpha_dropout contiguous clone detach alias to _to_copy
         type_as lift_fresh_copy lift_fresh zeros_like ones_like full_like empty_like rand_like randn_like relu relu6
         hardtanh gelu silu hardswish hardsigmoid leaky_relu rrelu elu selu celu mish softplus logsigmoid log_sigmoid
         threshold hardshrink softshrink softsign tanhshrink nan_to_num fake_quantize_per_tensor_affine""",
+    plain: "new_zeros new_ones new_full new_empty",
     moving.move: """view _unsafe_view reshape flatten unflatten permute transpose t swapaxes movedim numpy_T mT
         squeeze unsqueeze expand pixel_shuffle pixel_unshuffle channel_shuffle repeat tile repeat_interleave roll flip
         broadcast_to""",

@@ -21,7 +21,7 @@ from lightning_compress.pruning.labels import Labels, Value
 from lightning_compress.pruning.propagation import propagate
 from lightning_compress.sharding import clean_name
 
-__all__ = ["Place", "evaluated_copy", "label", "named_tensors", "tensors_of", "traced"]
+__all__ = ["Place", "evaluated_copy", "label", "named_tensors", "plain_forward", "tensors_of", "traced"]
 
 ALONE = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)  # layers whose forward has numbers of its own
 
@@ -84,12 +84,12 @@ def evaluated_copy(module: nn.Module, share: bool) -> nn.Module:
 
 
 @contextmanager
-def _plain_forward() -> Iterator[None]:
+def plain_forward() -> Iterator[None]:
+    """Run forwards without gradients, operation by operation: no fused transformer layers. Runs for tracing."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the tracer, about a copy that is thrown away
+        with torch.no_grad():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
@@ -103,7 +103,8 @@ def traced(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     """
     wrapped = _TensorsOnly(evaluated_copy(module, share=True))
     try:
-        with _plain_forward():
+        with plain_forward(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the tracer, about a copy that is thrown away
             return torch.export.export(wrapped, tuple(args), dict(kwargs), strict=False)
     except Exception as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
