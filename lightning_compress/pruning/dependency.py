@@ -185,7 +185,7 @@ def _perturbed(module: nn.Module) -> nn.Module:
 
 
 def _outputs(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(0)
         return tensors_of(module(*args, **kwargs))
 
