@@ -9,8 +9,8 @@ from lightning_compress.callbacks import (
     Reconstruction,
     SparsityRegularization,
     StructuredPruning,
-    load_from_checkpoint,
 )
+from lightning_compress.callbacks.loading import load_from_checkpoint
 from lightning_compress.distillation.losses import soft_targets
 from lightning_compress.distillation.teachers import TeacherCheckpoint
 from lightning_compress.errors import (

@@ -1,7 +1,6 @@
 """When: the callbacks that users add to a Lightning run. The only folder that imports lightning."""
 
 from lightning_compress.callbacks.distillation import Distillation
-from lightning_compress.callbacks.loading import load_from_checkpoint
 from lightning_compress.callbacks.lottery import LotteryRewinding
 from lightning_compress.callbacks.monitor import CompressionMonitor
 from lightning_compress.callbacks.pruning import GradualPruning
@@ -19,5 +18,4 @@ __all__ = [
     "Reconstruction",
     "SparsityRegularization",
     "StructuredPruning",
-    "load_from_checkpoint",
 ]
