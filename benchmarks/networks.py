@@ -69,6 +69,17 @@ def resnet20(width: float = 1.0) -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, 10))
 
 
+def resnet8(width: float = 1.0) -> nn.Module:
+    """One block a stage, twice as wide: 312 000 weights; its channels are multiples of what vector units take."""
+    widths = _scaled(width, 32, 64, 128)
+    layers: list[nn.Module] = [nn.Conv2d(1, widths[0], 3, 2, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()]
+    before = widths[0]
+    for stage, channels in enumerate(widths):
+        layers.append(BasicBlock(before, channels, 2 if stage else 1))
+        before = channels
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, 10))
+
+
 NETWORKS: dict[str, Callable[[float], nn.Module]] = {
     "LeNet-300-100": lenet_300_100,
     "LeNet-5-Caffe": lenet5_caffe,
