@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import lightning.pytorch as L
@@ -46,7 +47,7 @@ def restoring_shapes(pl_module: L.LightningModule) -> Callable[[], None]:
     return intercept(pl_module, "on_load_checkpoint", client)
 
 
-def load_from_checkpoint(path: str, module_class: type[Module], **kwargs: Any) -> Module:
+def load_from_checkpoint(path: str | Path, module_class: type[Module], **kwargs: Any) -> Module:
     """Load a checkpoint of a module that StructuredPruning has shrunk: `module_class.load_from_checkpoint`, reshaped.
 
     Args:

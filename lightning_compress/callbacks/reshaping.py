@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as L
 import numpy as np
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
@@ -105,7 +106,7 @@ def saved_trace(state: Mapping[str, Any]) -> Traced:
 
 def _example(trainer: L.Trainer, pl_module: L.LightningModule) -> tuple[str, tuple[Any, ...], dict[str, Any]] | None:
     """Return the name of the module that a step calls, and arguments for it; None if it cannot be found out."""
-    example = pl_module.example_input_array
+    example = move_data_to_device(pl_module.example_input_array, pl_module.device)  # it is there from `on_fit_start` on
     if isinstance(example, dict):
         return "", (), dict(example)
     if example is not None:
@@ -133,7 +134,9 @@ def trace(
     if example is None:
         return None
     with uncompiled():  # its copies and hooks are not what the run compiles
-        return _traced(pl_module, *example, include, exclude, removal)
+        traced = _traced(pl_module, *example, include, exclude, removal)
+    # Each process has timed its own, and all must take out the same.
+    return replace(traced, curve=trainer.strategy.broadcast(traced.curve)) if traced.curve else traced
 
 
 def _traced(

@@ -29,6 +29,7 @@ from lightning_compress.callbacks.reshaping import Traced, needed, remove_channe
 from lightning_compress.callbacks.timetable import Timetable, timetable
 from lightning_compress.pruning.channels import Removal, choose
 from lightning_compress.pruning.criteria import magnitude
+from lightning_compress.pruning.shrink import check_optimizers
 from lightning_compress.pruning.statistics import ACTIVATIONS, GRADIENTS, Statistics
 from lightning_compress.pruning.targets import PRUNABLE, Target, asks_for
 from lightning_compress.schedule import Cubic, Moment, Schedule, check_frequency, check_sparsity
@@ -151,6 +152,8 @@ class StructuredPruning(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self.enabled:
             return
+        if self.removal.times:
+            check_optimizers(trainer.optimizers)
         if self._restored is not None:  # the module is as small as it was then, so it is not traced again
             self.traced = saved_trace(self._restored["traced"]) if self._restored["traced"] else None
         self._trace(trainer, pl_module)
@@ -252,8 +255,9 @@ class StructuredPruning(L.Callback):
         survivors = self._plan().survivors
         remove_channels(trainer, pl_module, survivors.groups_now(), survivors.kept_now())
         survivors.taken_out()
-        self.keeper.masks = {}
+        masks, self.keeper.masks = self.keeper.masks, {}
         self._attach(trainer, pl_module)
+        self.gathering.statistics.cut(masks, self.keeper.weights)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         if self.enabled:

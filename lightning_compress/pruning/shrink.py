@@ -22,7 +22,7 @@ from lightning_compress.pruning.shapes import (
 if TYPE_CHECKING:
     from lightning_compress.pruning.dependency import Group
 
-__all__ = ["describe_shapes", "restore_shapes", "shrink"]
+__all__ = ["check_optimizers", "describe_shapes", "restore_shapes", "shrink"]
 
 Kept = dict[tuple[str, int], Tensor]
 
@@ -137,13 +137,22 @@ def _fit_heads(
 # Optimizers
 
 
-def _states(optimizer: Optimizer, shrunken: Mapping[int, dict[int, Tensor]]) -> dict[Tensor, dict[str, Any]]:
-    """Return the kept part of the state of each parameter that changes, by the old parameter."""
-    if isinstance(optimizer, torch.optim.LBFGS):
+def check_optimizers(optimizers: Sequence[Optimizer]) -> None:
+    """Raise on optimizers whose state can never follow. Runs before the first step.
+
+    Raises:
+        CompressError: LBFGS.
+    """
+    if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in optimizers):
         raise CompressError(
             "LBFGS keeps its state as one flat vector of all parameters, from which no channel can be taken out; "
             "use SGD, Adam or another optimizer that keeps its state by parameter, or GradualPruning, which masks"
         )
+
+
+def _states(optimizer: Optimizer, shrunken: Mapping[int, dict[int, Tensor]]) -> dict[Tensor, dict[str, Any]]:
+    """Return the kept part of the state of each parameter that changes, by the old parameter."""
+    check_optimizers([optimizer])
     kept = {}
     for old in [parameter for parameter in optimizer.state if id(parameter) in shrunken]:
         what = {key: f"'{key}' of {type(optimizer).__name__}" for key in optimizer.state[old]}

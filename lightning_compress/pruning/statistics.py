@@ -109,6 +109,17 @@ class Statistics:
                 factor, sign = (gradient, 1) if kind == "squared_gradient" else (weight, -1)
                 total.addcmul_(gradient.to(wide), factor.detach().to(wide), value=sign)
 
+    def cut(self, masks: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+        """Keep of each sum of gradients what is kept of its weight. Runs after channels were removed.
+
+        Args:
+            masks: of the weights as they were, False along the rows and columns that have gone.
+            weights: as they are now.
+        """
+        for sums in self.sums.values():
+            for name in sums.keys() & masks.keys():
+                sums[name] = sums[name][masks[name]].view(weights[name].shape)
+
     def clear(self) -> None:
         """Forget everything; for a fresh run with the same callback object."""
         self.sums = {kind: {} for kind in sorted(self.gradients)}
