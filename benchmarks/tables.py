@@ -18,7 +18,9 @@ not run, and a number of seeds is given where it is not 3.
 def _spread(values: list[float]) -> str:
     if not values:
         return "-"
-    few = "" if len(values) == 3 else f", {len(values)} seed{'s' * (len(values) > 1)}"
+    if len(values) == 1:
+        return f"{values[0]:.2f} (1 seed)"
+    few = "" if len(values) == 3 else f", {len(values)} seeds"
     return f"{mean(values):.2f} ({min(values):.2f} to {max(values):.2f}{few})"
 
 
