@@ -10,6 +10,7 @@ import lightning.pytorch as L
 import torch
 from torch import nn
 
+from lightning_compress.callbacks.averages import averaged_modules
 from lightning_compress.callbacks.step import intercept
 from lightning_compress.errors import CheckpointMismatch
 from lightning_compress.pruning.shrink import describe_shapes, restore_shapes
@@ -32,16 +33,22 @@ def save_shapes(pl_module: nn.Module, checkpoint: dict[str, Any], shrunken: bool
 
 
 def _reshape(pl_module: nn.Module, checkpoint: dict[str, Any]) -> None:
-    checkpoint["state_dict"].pop(SIGNPOST, None)
+    for state in ("state_dict", "current_model_state"):  # the latter is of Lightning's WeightAveraging
+        checkpoint.get(state, {}).pop(SIGNPOST, None)
     if SHAPES in checkpoint:
         restore_shapes(pl_module, checkpoint[SHAPES])
 
 
-def restoring_shapes(pl_module: L.LightningModule) -> Callable[[], None]:
-    """Give the module a checkpoint's shapes before its weights are loaded; returns the end of it. Runs at `setup`."""
+def restoring_shapes(trainer: L.Trainer, pl_module: L.LightningModule) -> Callable[[], None]:
+    """Give the module and averaged copies a checkpoint's shapes before weights are loaded. Runs at `setup`.
+
+    Returns:
+        A function that ends it.
+    """
 
     def client(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        _reshape(pl_module, args[0])
+        for module in (pl_module, *averaged_modules(trainer)):
+            _reshape(module, args[0])
         return original(*args, **kwargs)
 
     return intercept(pl_module, "on_load_checkpoint", client)
