@@ -161,6 +161,7 @@ class GradualPruning(L.Callback):
                 f"has given yet at the window's begin, step 0; begin at step 1 or later: window=(1, {self.window[1]})"
             )
         self.keeper.weights = select_weights(pl_module, PRUNABLE, self.include, self.exclude)
+        self.gathering.statistics.check(pl_module, self.weights)
         self._layers = layers_of(pl_module, self.weights)
         check_pattern = getattr(self.pattern, "check", None)
         if check_pattern is not None:

@@ -75,6 +75,21 @@ class Statistics:
         self.steps: dict[str, int] = {}
         self.layers: dict[str, nn.Module] = {}
 
+    def check(self, module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+        """Raise if activations are asked for of a layer that is used without being called. Runs at `setup`.
+
+        Raises:
+            CompressError: the output projection of an `nn.MultiheadAttention`.
+        """
+        attentions = (child for child in module.modules() if isinstance(child, nn.MultiheadAttention))
+        uncalled = {id(attention.out_proj.weight) for attention in attentions}
+        names = [name.removesuffix(".weight") for name, weight in weights.items() if id(weight) in uncalled]
+        if self.activations and names:
+            raise CompressError(
+                f"the criterion asks for {', '.join(sorted(self.activations))}, which nobody sees of an "
+                f"nn.MultiheadAttention's output projection: it is used without being called; exclude={names}"
+            )
+
     # Gathering
 
     def attach(self, layers: Mapping[str, nn.Module]) -> None:

@@ -10,8 +10,9 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_compress.callbacks.masking as masking_module
-from lightning_compress import Constant, GradualPruning
+from lightning_compress import CompressError, Constant, GradualPruning
 from lightning_compress.callbacks.masking import ELEMENTWISE
+from lightning_compress.pruning.criteria import wanda
 from lightning_compress.pruning.masks import apply_mask
 
 
@@ -172,3 +173,11 @@ def test_a_run_stopped_before_the_windows_end_warns() -> None:
 def test_what_users_write_by_mistake_is_named(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         fit(Net(lambda p: torch.optim.AdamW(p, lr=0.05)), [GradualPruning(**options)])
+
+
+def test_a_layer_whose_activations_nobody_sees_is_named_before_the_first_step() -> None:
+    module = Net(lambda parameters: torch.optim.SGD(parameters, lr=0.1))
+    module.attention = nn.MultiheadAttention(4, 2)
+    with pytest.raises(CompressError, match=r"exclude=\['attention.out_proj'\]"):
+        fit(module, [GradualPruning(0.5, window=(1, 3), include=["*"], criterion=wanda)])
+    fit(module, [GradualPruning(0.5, (1, 3), include=["*"], exclude=["attention.out_proj"], criterion=wanda)])
