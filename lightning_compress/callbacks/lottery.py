@@ -16,6 +16,7 @@ from lightning_compress.callbacks.contract import (
     check_state,
     check_strategy,
     check_unclaimed,
+    described,
     is_final_at_setup,
     saved_state,
     state_key,
@@ -73,7 +74,7 @@ class LotteryRewinding(L.Callback):
 
     def recipe(self) -> dict[str, Any]:
         """Return the options as primitives, as a checkpoint and a logger keep them."""
-        return {"to": self.to, "buffers": self.buffers}
+        return {"to": described(self.to), "buffers": self.buffers}
 
     # Attaching and detaching
 

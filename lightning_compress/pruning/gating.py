@@ -99,7 +99,7 @@ class LearnedGates:
 
     def _add(self, name: str, value: Tensor) -> None:
         self.parameters[name] = value.detach().clone().requires_grad_()
-        self._optimizers[name] = Adam([self.parameters[name]], lr=self.gate.learning_rate)
+        self._optimizers[name] = Adam([self.parameters[name]], lr=float(self.gate.learning_rate))
 
     def draw(self, step: int) -> None:
         """Draw the noise of the step to come. A backward through the last one's forward still finds the old tensors."""

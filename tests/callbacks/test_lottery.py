@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
@@ -334,6 +335,10 @@ def test_checkpoints_are_plain_and_small_again_after_the_last_round(tmp_path: Pa
         sizes[step] = len(state["snapshot"])
     assert sizes == {1: len(net().state_dict()), 4: sizes[1], 13: sizes[1], 14: 0, 16: 0}
     Net.load_from_checkpoint(tmp_path / "4.ckpt", strict=True)
+
+
+def test_a_moment_computed_with_numpy_is_saved_as_a_plain_number() -> None:
+    assert type(LotteryRewinding(to=np.float64(0.1)).recipe()["to"]) is float
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")

@@ -342,3 +342,10 @@ def test_only_uncalled_weights_are_named() -> None:
     attention = nn.MultiheadAttention(4, 2)
     with pytest.raises(NothingToCompress, match=r"of out_proj\.weight none is"):
         called_weights(attention, {"out_proj.weight": attention.out_proj.weight})
+
+
+def test_a_learning_rate_computed_with_numpy_is_saved_as_a_plain_number() -> None:
+    gates = LearnedGates(HardConcrete(learning_rate=np.float64(0.1)))
+    layer = nn.Linear(2, 2)
+    gates.attach(layer, {"weight": layer.weight})
+    assert type(gates.state_dict()["optimizers"]["weight"]["param_groups"][0]["lr"]) is float
