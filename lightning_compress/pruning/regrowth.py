@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_compress.pruning.criteria import gradient_magnitude
+from lightning_compress.pruning.criteria import gradient_magnitude, magnitude
 from lightning_compress.pruning.scopes import Masks, Units, erk
 from lightning_compress.pruning.targets import Criterion, Target
 
@@ -52,7 +52,7 @@ def _updated(targets: Sequence[Target], growth: Criterion, fraction: float) -> I
         if target.mask is None:
             raise ValueError(f"'{target.name}' has no mask yet; the first update makes one by the scope")
         count = int(fraction * int(target.mask.sum()))
-        yield regrow(target.scores(), target.evaluate(growth), target.mask, count) if count else target.mask
+        yield regrow(target.evaluate(magnitude), target.evaluate(growth), target.mask, count) if count else target.mask
 
 
 def _dynamic(
@@ -78,7 +78,7 @@ class RigL:
     """Drop the smallest kept weights, grow where the gradient is largest. A mask update every `frequency` steps.
 
     The share dropped falls with progress p through the window: fraction / 2 (1 + cos(pi p)). Grown weights start at
-    0 with empty optimizer state. The first masks come from the criterion and the scope at the window's begin: for
+    0 with empty optimizer state. The criterion and the scope make only the first masks, at the window's begin: for
     training from scratch `criterion=random`. Evci et al. 2020, "Rigging the Lottery", section 3 and algorithm 1; the
     gradient is the mean since the last update.
     """

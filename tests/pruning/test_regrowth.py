@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_compress import Cubic, GradualPruning
+from lightning_compress.pruning.criteria import random
 from lightning_compress.pruning.regrowth import SET, RigL, fresh_random, regrow
 from lightning_compress.pruning.scopes import erk, globally
 from lightning_compress.pruning.targets import Target
@@ -126,3 +127,16 @@ def test_a_share_that_is_none_is_refused(kind, fraction):
 def test_a_schedule_that_moves_is_refused(kind):
     with pytest.raises(ValueError, match=r"holds one sparsity, got Cubic.* from 0 to 0.9; give a number or Constant"):
         GradualPruning(Cubic(0.9), pattern=kind())
+
+
+@pytest.mark.parametrize("pattern", [RigL(), SET()], ids=["RigL", "SET"])
+def test_the_criterion_makes_only_the_first_masks(pattern):
+    """With random first masks the drops are by magnitude all the same."""
+    weight = torch.arange(1.0, 101.0).view(10, 10)
+    values = {"gradient": lambda: torch.zeros(10, 10), "step": lambda: 1}
+    start = torch.zeros(100, dtype=torch.bool)
+    start[50:] = True
+    target = Target("a.weight", weight, nn.Linear(10, 10), start.view(10, 10), random, values, comes_back=True)
+    (mask,) = pattern([target], 0.5, 0.0)[0]
+    assert int(mask.sum()) == 50
+    assert bool(mask.view(-1)[65:].all()), "the largest of the kept weights stay"
