@@ -10,13 +10,13 @@ from typing import Any
 import lightning.pytorch as L
 import numpy as np
 import torch
-from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.strategies import DDPStrategy
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_compress.callbacks.averages import averaged_modules
 from lightning_compress.callbacks.probe import first_student_call, uncompiled
-from lightning_compress.errors import CompressError, NothingToCompress
+from lightning_compress.errors import CompressError, IncompatibleCallbacks, NothingToCompress
 from lightning_compress.measure.flops import macs_per_weight
 from lightning_compress.measure.latency import measure_latency
 from lightning_compress.pruning.channels import Removal, choose, kept_share
@@ -106,13 +106,30 @@ def saved_trace(state: Mapping[str, Any]) -> Traced:
 
 def _example(trainer: L.Trainer, pl_module: L.LightningModule) -> tuple[str, tuple[Any, ...], dict[str, Any]] | None:
     """Return the name of the module that a step calls, and arguments for it; None if it cannot be found out."""
-    example = move_data_to_device(pl_module.example_input_array, pl_module.device)  # it is there from `on_fit_start` on
+    # At `on_fit_start` the module is on its device, and whole in double or half precision if the Trainer says so.
+    example = apply_to_collection(pl_module.example_input_array, Tensor, _moved, pl_module)
     if isinstance(example, dict):
         return "", (), dict(example)
     if example is not None:
         return "", example if isinstance(example, tuple) else (example,), {}
     found = first_student_call(trainer, pl_module, None)
     return None if found is None else (found[1].name, found[1].args, found[1].kwargs)
+
+
+def _moved(tensor: Tensor, pl_module: L.LightningModule) -> Tensor:
+    dtype = pl_module.dtype if tensor.dtype is torch.float32 else tensor.dtype
+    return tensor.to(pl_module.device, dtype)  # type: ignore[arg-type]  # Lightning says str too
+
+
+def _check_weights(module: nn.Module) -> None:
+    for name, layer in module.named_modules():
+        computed = [key for key, value in vars(layer).items() if isinstance(value, Tensor) and not value.is_leaf]
+        if computed:
+            raise IncompatibleCallbacks(
+                f"'{clean_name(name)}' computes its {computed[0]} before each forward (torch.nn.utils.prune, "
+                f"ModelPruning, torch.nn.utils.weight_norm), so that nothing can be taken out of it; make it permanent "
+                f"(torch.nn.utils.prune.remove) or use torch.nn.utils.parametrizations"
+            )
 
 
 def trace(
@@ -129,6 +146,7 @@ def trace(
     Raises:
         NothingToCompress: none may.
         CompressError: the forward cannot be traced.
+        IncompatibleCallbacks: a layer computes its weight before each forward.
     """
     example = _example(trainer, pl_module)
     if example is None:
@@ -148,6 +166,7 @@ def _traced(
     exclude: Sequence[Pattern] | None,
     removal: Removal,
 ) -> Traced:
+    _check_weights(pl_module)
     module = pl_module.get_submodule(name)
     groups = check_groups(module, find_groups(module, args, kwargs), args, kwargs)
     selected = select_layers(pl_module, PRUNABLE, include or ["*"], exclude).layers.keys()

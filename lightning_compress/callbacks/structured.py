@@ -27,7 +27,7 @@ from lightning_compress.callbacks.masking import MaskKeeper
 from lightning_compress.callbacks.order import Claim, check_together
 from lightning_compress.callbacks.reshaping import Traced, needed, remove_channels, saved_trace, trace
 from lightning_compress.callbacks.timetable import Timetable, timetable
-from lightning_compress.pruning.channels import Removal, choose
+from lightning_compress.pruning.channels import Removal, checked, choose
 from lightning_compress.pruning.criteria import magnitude
 from lightning_compress.pruning.shrink import check_optimizers
 from lightning_compress.pruning.statistics import ACTIVATIONS, GRADIENTS, Statistics
@@ -65,6 +65,7 @@ class StructuredPruning(L.Callback):
         ValueError: an amount outside [0, 1) or more than the limits allow, a window out of order.
         NothingToCompress: nothing can go; the message has each reason.
         CompressError: the forward cannot be traced.
+        IncompatibleCallbacks: somebody else prunes these weights, or a layer computes its weight before each forward.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class StructuredPruning(L.Callback):
         self.window = (window[0], window[1]) if len(window) == 2 else tuple(window)
         self.frequency = check_frequency(frequency)
         self.include, self.exclude = patterns_or_none(include), patterns_or_none(exclude)
-        self.criterion, self.removal = criterion, removal or Removal()
+        self.criterion, self.removal = criterion, checked(removal)
         self.enabled = enabled and not (final == 0.0 and isinstance(self.schedule, Cubic))
         asked = asks_for(criterion, KNOWN)
         self.clock, self.times, self.keeper = Clock(), Timetable(), MaskKeeper()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_compress.pruning.dependency import Group, Slot
 
-__all__ = ["Removal", "choose", "group_scores", "kept_share", "masks_of", "remaining", "unit_scores"]
+__all__ = ["Removal", "checked", "choose", "group_scores", "kept_share", "masks_of", "remaining", "unit_scores"]
 
 Kept = Mapping[str, Tensor]
 
@@ -41,6 +41,9 @@ class Removal:
 
     def __post_init__(self) -> None:
         """Raise on values that leave nothing or mean nothing."""
+        whole = {"multiple_of": self.multiple_of, "least": self.least, "times": self.times}
+        if any(type(value) is not int for value in whole.values()) or not isinstance(self.most, (int, float)):
+            raise TypeError(f"expected whole numbers and a share for most, got {whole} and most={self.most!r}")
         if self.of not in ("macs", "parameters", "channels", "latency"):
             raise ValueError(f"a budget is of 'macs', 'parameters', 'channels' or 'latency', got {self.of!r}")
         if self.multiple_of < 1 or self.least < 1 or self.times < 0 or not 0.0 < self.most <= 1.0:
@@ -48,6 +51,17 @@ class Removal:
                 f"expected multiple_of >= 1, least >= 1, times >= 0 and most in (0, 1], got {self.multiple_of}, "
                 f"{self.least}, {self.times}, {self.most}"
             )
+
+
+def checked(removal: Removal | None) -> Removal:
+    """Return the removal, by default `Removal()`.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if not isinstance(removal, Removal | None):
+        raise TypeError(f"removal is a Removal, such as Removal(of='macs'), or None, got {removal!r}")
+    return removal or Removal()
 
 
 def remaining(groups: Sequence[Group], present: Kept) -> list[Group]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import lightning_compress
@@ -345,6 +347,23 @@ def test_bf16_mixed() -> None:
     assert all(parameter.dtype is torch.float32 for parameter in module.parameters())
 
 
+class Late(Net):
+    """Is final only at `on_fit_start`, in the Trainer's precision by then."""
+
+    def configure_model(self) -> None:
+        self.example_input_array = X[:2]
+
+
+@pytest.mark.parametrize("made", [Net, Late])
+@pytest.mark.parametrize(("precision", "dtype"), [("64-true", torch.float64), ("bf16-true", torch.bfloat16)])
+def test_true_precisions(made: type[Net], precision: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(5)
+    module = made()
+    fit(module, [structured()], precision=precision)
+    assert size(module) < size(net())
+    assert all(parameter.dtype is dtype for parameter in module.parameters())
+
+
 # Checkpoints
 
 
@@ -459,6 +478,7 @@ def bad_criterion(weight: Tensor) -> Tensor:
         (lambda: StructuredPruning(1.0), ValueError, "1.0"),
         (lambda: StructuredPruning(-0.1), ValueError, "-0.1"),
         (lambda: StructuredPruning("half"), TypeError, "amount must be a function or a number, got 'half'"),
+        (lambda: structured(removal="macs"), TypeError, "removal is a Removal, such as .* got 'macs'"),
         (lambda: structured(0.95), ValueError, r"0.95 of the budget cannot go: with every group at its limit .*most"),
         (lambda: structured(0.5, removal=Removal(multiple_of=16)), ValueError, "loosen multiple_of=16"),
         (lambda: structured(include=["nowhere"]), ValueError, "nowhere"),
@@ -480,6 +500,15 @@ def test_what_cannot_be_is_named_before_it_changes_anything(make: Any, error: An
 def test_two_that_prune_the_same_weights() -> None:
     with pytest.raises(IncompatibleCallbacks, match="both prune"):
         fit(net(), [structured(), GradualPruning(0.5, window=(2, 14))])
+
+
+@pytest.mark.parametrize("change", [torch.nn.utils.weight_norm, partial(prune.l1_unstructured, amount=0.5)])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+def test_a_weight_that_is_computed_before_each_forward_is_named(change: Any) -> None:
+    module = net()
+    change(module.middle[0], "weight")
+    with pytest.raises(IncompatibleCallbacks, match=r"'middle\.0' computes its weight .*prune\.remove"):
+        fit(module, [structured()])
 
 
 def test_lbfgs_is_named_before_the_first_batch() -> None:

@@ -241,3 +241,11 @@ def test_what_is_out_stays_out_while_the_amount_grows(
 def test_wrong_limits_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Removal(**options)
+
+
+@pytest.mark.parametrize(
+    "options", [{"multiple_of": 8.0}, {"least": 1.5}, {"times": True}, {"most": "half"}, {"times": None}]
+)
+def test_limits_of_the_wrong_kind_are_named(options: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match="expected whole numbers and a share for most"):
+        Removal(**options)
