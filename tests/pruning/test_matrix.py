@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,7 @@ def described(pattern: Any) -> str:
     return (
         f"{type(pattern).__name__} {scope.__name__}"
         if isinstance(pattern, Unstructured)
-        else repr(pattern).split(", scope")[0]
+        else re.sub(r",? ?scope=<[^>]*>", "", repr(pattern))
     )
 
 
