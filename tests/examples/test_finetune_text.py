@@ -29,8 +29,9 @@ def unreachable(*_, **__):
 @needs_weights
 @needs_onnx
 def test_fast_run_compresses_the_encoder_and_reports_it(tmp_path, capsys):
+    # Fewer sentences leave logits near zero, where int8's rounding is as large as export_onnx lets it be (20 dB).
     report = finetune_text.main(
-        ["--fast", "--train-size", "256", "--test-size", "48", "--sparsity", "0.5", "--output", str(tmp_path)]
+        ["--fast", "--train-size", "1024", "--test-size", "48", "--sparsity", "0.5", "--output", str(tmp_path)]
     )
     before, after = report.before, report.after
     body = 6 * (4 * 384 * 384 + 2 * 384 * 1536)  # six layers: query, key, value, output; up, down
