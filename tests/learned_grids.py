@@ -26,7 +26,8 @@ class Step:
     def rounded(self, weight: Tensor, learned: Mapping[str, Tensor]) -> Tensor:
         top = 2 ** (self.bits - 1) - 1
         step = learned["step"].abs() + 1e-12
-        return (rounded((weight / step).clamp(-top, top)) * step).to(weight.dtype)
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        return (rounded((wide / step).clamp(-top, top)) * step).to(weight.dtype)
 
     def codes(self, weight: Tensor, learned: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
         top = 2 ** (self.bits - 1) - 1
