@@ -363,7 +363,7 @@ OTHER_KEY = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_pa
     [
         (prune(), prune(window=(2, 9)), [r"window=\[2, 8\]", r"window=\[2, 9\]"]),
         (prune(), prune(include=["model.4"]), ["include=None", r"include=\['model.4'\]"]),
-        (quantize(), quantize(weights=4), [r"weights='Symmetric\(bits=8", r"weights='Symmetric\(bits=4"]),
+        (quantize(), quantize(weights=4), [r"weights=.Symmetric\(bits=8", r"weights=.Symmetric\(bits=4"]),
         (quantize(), quantize(exclude=["model.4"]), ["exclude=None", r"exclude=\['model.4'\]"]),
     ],
 )
