@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["column", "with_slopes"]
+__all__ = ["column", "straight", "with_slopes"]
 
 # Slope of each argument: a bool mask (1 or 0), a factor, or None (1 everywhere).
 Slopes = Callable[..., tuple[Tensor | None, ...]]
@@ -77,6 +77,15 @@ def _traced(rounding: Callable[..., Tensor], slopes: Slopes, *arguments: Tensor)
             difference = difference * slope.detach()
         value = value + difference.to(value.dtype)
     return value
+
+
+def straight(value: Tensor) -> tuple[None]:
+    """Return the slope of a plain straight-through gradient, 1 everywhere (Bengio et al. 2013); for `with_slopes`.
+
+    >>> straight(torch.ones(2))
+    (None,)
+    """
+    return (None,)
 
 
 def column(values: Tensor, weight: Tensor) -> Tensor:
