@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["column", "straight", "with_slopes"]
+__all__ = ["column", "straight", "with_slopes", "within"]
 
 # Slope of each argument: a bool mask (1 or 0), a factor, or None (1 everywhere).
 Slopes = Callable[..., tuple[Tensor | None, ...]]
@@ -86,6 +86,16 @@ def straight(value: Tensor) -> tuple[None]:
     (None,)
     """
     return (None,)
+
+
+def within(value: Tensor, low: Tensor | float, high: Tensor | float) -> tuple[Tensor]:
+    """Return the slope of clipping to [low, high], ends included; for `with_slopes`.
+
+    >>> within(torch.tensor([0.0, 2.0]), 0.0, 1.0)
+    (tensor([ True, False]),)
+    """
+    wide = value.float()  # a bound beyond float16 would be compared as an infinity
+    return ((wide >= low) & (wide <= high),)
 
 
 def column(values: Tensor, weight: Tensor) -> Tensor:
