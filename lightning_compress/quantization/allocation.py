@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,11 +65,11 @@ def allocate(sensitivities: Table, costs: Mapping[str, Mapping[int, int]], budge
     """
     layers = _checked(sensitivities, costs, budget)
     slopes = [_relaxed(layers[after:]) for after in range(len(layers) + 1)]
-    best = _greedy(layers, budget)
     start = np.zeros(1, np.int64)
-    stages = [_Stage(start, np.zeros(1), start, start, start)]
+    stages, best = [_Stage(start, np.zeros(1), start, start, start)], math.inf
     for layer, rest in zip(layers, slopes[1:], strict=True):
-        stages.append(_bounded(_extended(stages[-1], layer), rest, budget, best))
+        stage, best = _bounded(_extended(stages[-1], layer), rest, budget, best)
+        stages.append(stage)
     last = stages[-1]
     at = int(np.lexsort((last.order, last.costs, last.harms))[0])
     chosen: list[int] = []
@@ -93,12 +93,23 @@ def _extended(stage: _Stage, layer: _Layer) -> _Stage:
     return _Stage(costs[kept], harms[kept], order, kept // options, kept % options)
 
 
-def _bounded(stage: _Stage, rest: tuple[NDArray[np.float64], NDArray[np.float64]], budget: float, best: float) -> _Stage:
-    """Drop partial choices that cannot be finished within the budget, or not as well as the best one known."""
+def _bounded(
+    stage: _Stage, rest: tuple[NDArray[np.float64], NDArray[np.float64]], budget: float, best: float
+) -> tuple[_Stage, float]:
+    """Drop partial choices that cannot be finished within the budget, or not as well as the best one known.
+
+    Returns:
+        What is left, and the harm of the best whole choice known now.
+    """
+    costs, harms = rest
     left = budget - stage.costs
-    least = stage.harms + np.interp(left, *rest)
-    kept = (left >= rest[0][0]) & (least <= best + MARGIN * (1.0 + abs(best) + np.abs(rest[1]).max()))
-    return _Stage(stage.costs[kept], stage.harms[kept], stage.order[kept], stage.before[kept], stage.choice[kept])
+    fitting = left >= costs[0]
+    # The relaxation's corners are whole choices: the last one that there is room for finishes a partial choice.
+    finished = stage.harms + harms[np.searchsorted(costs, left, side="right") - 1]
+    best = min(best, float(finished[fitting].min()))
+    least = stage.harms + np.interp(left, costs, harms)
+    kept = fitting & (least <= best + MARGIN * (1.0 + abs(best) + np.abs(harms).max()))
+    return _Stage(*(getattr(stage, field.name)[kept] for field in fields(stage))), best
 
 
 def _hull(layer: _Layer) -> list[tuple[int, float]]:
@@ -131,19 +142,6 @@ def _relaxed(layers: list[_Layer]) -> tuple[NDArray[np.float64], NDArray[np.floa
     costs = np.cumsum([float(sum(cost for cost, _ in starts)), *(step[2] for step in steps)])
     harms = np.cumsum([sum(harm for _, harm in starts), *(step[3] for step in steps)])
     return costs, harms
-
-
-def _greedy(layers: list[_Layer], budget: float) -> float:
-    """Return the harm of some whole choice within the budget: each layer as far along its hull as there is room."""
-    places = [_hull(layer)[0] for layer in layers]
-    spent, stopped = sum(cost for cost, _ in places), set[int]()
-    for _, index, cost, harm in _steps(layers):
-        if index in stopped or spent + cost > budget:
-            stopped.add(index)
-            continue
-        spent += cost
-        places[index] = (places[index][0] + cost, places[index][1] + harm)
-    return math.fsum(harm for _, harm in places)
 
 
 def check_budget(budget: float) -> None:
