@@ -156,7 +156,7 @@ def bit_operations(
 ) -> dict[str, dict[int, int]]:
     """Return each layer's multiply-accumulates x bits of its weight x bits of its input, at each width.
 
-    Counted in one forward of the first batch, so for all its samples together. Cai and Vasconcelos 2020, section 3.
+    Counted in one forward of the first batch, so for all its samples together, as in Cai and Vasconcelos 2020.
 
     Args:
         module: left as it was.
