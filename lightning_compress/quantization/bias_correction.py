@@ -104,7 +104,12 @@ def _norms_after(module: nn.Module, batch: Any, layers: Mapping[str, nn.Module])
     return followers.norms
 
 
-def correct_bias(module: nn.Module, batches: Iterable[Any], ranges: Mapping[str, Range]) -> dict[str, Tensor]:
+def correct_bias(
+    module: nn.Module,
+    batches: Iterable[Any],
+    ranges: Mapping[str, Range],
+    wanted: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
     """Subtract from each layer's bias what rounding adds to its mean output, in place. Runs after calibration.
 
     Empirical, Nagel et al. 2019, section 4.2 and appendix D: in the order of the forward, layer by layer, with the
@@ -117,6 +122,8 @@ def correct_bias(module: nn.Module, batches: Iterable[Any], ranges: Mapping[str,
         module: in any mode; it runs in eval mode and is put back.
         batches: as `calibrate` takes them, held as a list; one pass a layer, and one more.
         ranges: what `calibrate` returned.
+        wanted: the float network's `channel_means` of the layers in `ranges`, if its weights were rounded in place
+            since; None takes them from the module as it is.
 
     Returns:
         Name of a layer -> the mean error that was taken out, (out,) float32.
@@ -137,7 +144,7 @@ def correct_bias(module: nn.Module, batches: Iterable[Any], ranges: Mapping[str,
         raise ValueError("bias correction needs at least one batch of inputs, got none")
     clean = {clean_name(name): layer for name, layer in module.named_modules(remove_duplicate=False)}
     layers = {name: clean[name] if name in clean else module.get_submodule(name) for name in ranges}
-    wanted = channel_means(module, inputs, layers)
+    wanted = channel_means(module, inputs, layers) if wanted is None else wanted
     taken: dict[str, Tensor] = {}
     with evaluating(module):
         norms = _norms_after(module, inputs[0], layers)

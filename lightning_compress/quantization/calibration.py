@@ -250,8 +250,9 @@ def calibrate(
         CompressError: NaN or infinite inputs, a layer that never runs, an input that is always zero; each names it.
 
     >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
-    >>> calibrate(net, [torch.tensor([[-1.0, 0.5]]), torch.tensor([[0.0, 1.5]])])
-    {'0': Range(low=-1.0, high=1.5, bits=8, weight_bits=8)}
+    >>> ranges = calibrate(net, [torch.tensor([[-1.0, 0.5]]), torch.tensor([[0.0, 1.5]])])
+    >>> list(ranges), ranges["0"].low, ranges["0"].high
+    (['0'], -1.0, 1.5)
     """
     check_bits(input_bits), check_bits(weight_bits)
     layers = calibrated_layers(module, include, exclude)

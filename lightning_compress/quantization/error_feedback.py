@@ -74,6 +74,14 @@ def _settle(piece: Tensor, factor: Tensor, scale: Tensor, settled: Tensor, bits:
     return errors
 
 
+def _order(hessian: Tensor, group: int | None) -> Tensor:
+    """Return the columns in the order in which they are rounded, (groups, inputs)."""
+    curvature = hessian.diagonal(dim1=-2, dim2=-1)
+    if group is None:
+        return curvature.argsort(dim=-1, descending=True, stable=True)
+    return torch.arange(curvature.shape[-1], device=hessian.device).expand_as(curvature)
+
+
 @torch.no_grad()
 def error_feedback(
     weight: Tensor,
@@ -121,13 +129,10 @@ def error_feedback(
     check_group(group, inputs)
     work = weight.detach().to(torch.promote_types(weight.dtype, torch.float32), copy=True)
     hessian = hessian.to(work.dtype)
-    order = hessian.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=group is None, stable=True)
-    if group is not None:
-        order = torch.arange(inputs, device=work.device).expand_as(order)
-    work = work.gather(-1, order.unsqueeze(1).expand_as(work))
-    hessian = hessian.gather(-1, order.unsqueeze(1).expand_as(hessian)).gather(
-        -2, order.unsqueeze(2).expand_as(hessian)
-    )
+    order = _order(hessian, group)
+    columns = order.unsqueeze(1)
+    work = work.gather(-1, columns.expand_as(work))
+    hessian = hessian.gather(-1, columns.expand_as(hessian)).gather(-2, columns.mT.expand_as(hessian))
     factor, pruned = inverse_factor(hessian, damping), work == 0
     scale, settled = _grid(work, hessian, bits, clipped)
     for begin in range(0, inputs, group or block):
@@ -139,4 +144,4 @@ def error_feedback(
         errors = _settle(piece, factor[:, part, part], scale, known, bits)
         work[..., part] = piece
         work[..., part.stop :] -= errors @ factor[:, part, part.stop :]
-    return torch.empty_like(work).scatter_(-1, order.unsqueeze(1).expand_as(work), work).to(weight.dtype)
+    return torch.empty_like(work).scatter_(-1, columns.expand_as(work), work).to(weight.dtype)

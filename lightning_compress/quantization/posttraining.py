@@ -13,7 +13,7 @@ from lightning_compress.errors import CompressError
 from lightning_compress.pruning.calibration import evaluating, in_forward_order, run
 from lightning_compress.pruning.hessians import RECONSTRUCTIBLE, Hessian, as_matrices, as_weight, watching
 from lightning_compress.pruning.reconstruction import output_error
-from lightning_compress.quantization.bias_correction import correct_bias
+from lightning_compress.quantization.bias_correction import channel_means, correct_bias
 from lightning_compress.quantization.calibration import RangeRule, calibrate, calibrated_layers, min_max
 from lightning_compress.quantization.equalization import equalize
 from lightning_compress.quantization.grid import Range, check_bits
@@ -108,6 +108,13 @@ def round_weights(
     if not inputs:
         raise ValueError("rounding needs at least one batch of inputs to calibrate on, got none")
     weights = _matrix_weights(calibrated_layers(module, include, exclude), module)
+    return round_in_order(module, inputs, weights, rounding, bits)
+
+
+def round_in_order(
+    module: nn.Module, inputs: list[Any], weights: Mapping[str, Tensor], rounding: Rounding, bits: int
+) -> dict[str, float]:
+    """Put given weights, by their layer's name, on their grids, as `round_weights` does after its checks."""
     errors: dict[str, float] = {}
     with evaluating(module), watching(module, weights) as hessians:
         order = in_forward_order(module, inputs, hessians.layers)
@@ -162,8 +169,9 @@ def quantize_post_training(
         IncompatibleCallbacks: a selected weight is reparametrized.
 
     >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
-    >>> quantize_post_training(net, [torch.tensor([[-1.0, 0.5]])], weight_bits=4)
-    {'0': Range(low=-1.0, high=0.5, bits=8, weight_bits=4)}
+    >>> ranges = quantize_post_training(net, [torch.tensor([[-1.0, 0.5]])], weight_bits=4)
+    >>> list(ranges), ranges["0"].low, ranges["0"].weight_bits
+    (['0'], -1.0, 4)
     """
     recipe = method if isinstance(method, Recipe) else Recipe(rounding=method)
     inputs = list(batches)
@@ -174,10 +182,12 @@ def quantize_post_training(
     found = ranges()  # first, so that bad input is named before anything has changed
     if recipe.equalized:
         equalize(module, inputs[0])
+    layers = calibrated_layers(module, include, exclude)
+    wanted = channel_means(module, inputs, layers) if recipe.bias_corrected else {}
     if recipe.rounding is not None:
         round_weights(module, inputs, recipe.rounding, weight_bits, include, exclude)
     if recipe.equalized or recipe.rounding is not None:
         found = ranges()
     if recipe.bias_corrected:
-        correct_bias(module, inputs, found)
+        correct_bias(module, inputs, found, wanted)
     return found

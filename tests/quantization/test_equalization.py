@@ -85,7 +85,8 @@ def test_the_function_stays_and_the_ranges_become_equal() -> None:
     before = net(images).detach()
     chains = equalize(net, images)
     pairs = [(chain.first, chain.second, chain.norm, chain.repeats) for chain in chains]
-    assert pairs == [("0", "3", "1", 1), ("3", "6", "4", 1), ("6", "10", None, 1), ("10", "14", None, 36), ("14", "16", None, 1)]  # fmt: skip
+    assert pairs[:2] == [("0", "3", "1", 1), ("3", "6", "4", 1)]
+    assert pairs[2:] == [("6", "10", None, 1), ("10", "14", None, 36), ("14", "16", None, 1)]
     assert (net(images) - before).abs().max() <= 1e-5 * before.abs().max()
     for chain in chains:
         one = output_range(net, chain)
