@@ -82,6 +82,24 @@ def _order(hessian: Tensor, group: int | None) -> Tensor:
     return torch.arange(curvature.shape[-1], device=hessian.device).expand_as(curvature)
 
 
+def _rounded(
+    work: Tensor, hessian: Tensor, bits: int, group: int | None, factor: Tensor, clipped: bool, block: int
+) -> Tensor:
+    """Round the columns in the order given, a block at a time, in place; return them."""
+    pruned = work == 0
+    scale, settled = _grid(work, hessian, bits, clipped)
+    for begin in range(0, work.shape[-1], group or block):
+        part = slice(begin, min(begin + (group or block), work.shape[-1]))
+        piece, known = work[..., part].clone(), settled[..., part]
+        if group is not None:
+            scale, known = _grid(piece.masked_fill(pruned[..., part], 0.0), hessian[:, part, part], bits, clipped)
+        known = known.masked_fill(pruned[..., part], 0.0)
+        errors = _settle(piece, factor[:, part, part], scale, known, bits)
+        work[..., part] = piece
+        work[..., part.stop :] -= errors @ factor[:, part, part.stop :]
+    return work
+
+
 @torch.no_grad()
 def error_feedback(
     weight: Tensor,
@@ -125,23 +143,12 @@ def error_feedback(
     if weight.dim() == 2:
         return error_feedback(weight[None], hessian[None], bits, group, damping, clipped, block)[0]
     check_matrices(weight, hessian)
-    inputs = weight.shape[-1]
-    check_group(group, inputs)
+    check_group(group, weight.shape[-1])
     work = weight.detach().to(torch.promote_types(weight.dtype, torch.float32), copy=True)
     hessian = hessian.to(work.dtype)
     order = _order(hessian, group)
     columns = order.unsqueeze(1)
     work = work.gather(-1, columns.expand_as(work))
     hessian = hessian.gather(-1, columns.expand_as(hessian)).gather(-2, columns.mT.expand_as(hessian))
-    factor, pruned = inverse_factor(hessian, damping), work == 0
-    scale, settled = _grid(work, hessian, bits, clipped)
-    for begin in range(0, inputs, group or block):
-        part = slice(begin, min(begin + (group or block), inputs))
-        piece, known = work[..., part].clone(), settled[..., part]
-        if group is not None:
-            scale, known = _grid(piece.masked_fill(pruned[..., part], 0.0), hessian[:, part, part], bits, clipped)
-        known = known.masked_fill(pruned[..., part], 0.0)
-        errors = _settle(piece, factor[:, part, part], scale, known, bits)
-        work[..., part] = piece
-        work[..., part.stop :] -= errors @ factor[:, part, part.stop :]
+    work = _rounded(work, hessian, bits, group, inverse_factor(hessian, damping), clipped, block)
     return torch.empty_like(work).scatter_(-1, columns.expand_as(work), work).to(weight.dtype)
