@@ -28,8 +28,6 @@ from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from lightning_compress.quantization.weights import Symmetric
-
 from lightning_compress import fake_quantized
 from lightning_compress.demo_data import DEVIATION, MEAN
 from lightning_compress.export.verify import sqnr_db
@@ -41,6 +39,7 @@ from lightning_compress.quantization.folding import fold_batch_norm
 from lightning_compress.quantization.grid import Range
 from lightning_compress.quantization.posttraining import Recipe, quantize_post_training
 from lightning_compress.quantization.rounding import adaptive_rounding
+from lightning_compress.quantization.weights import Symmetric
 from tests.pruning.architectures import MobileNetV2
 
 LAYERS = (nn.Conv2d, nn.Linear)

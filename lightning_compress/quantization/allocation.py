@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_compress.quantization.grid import check_bits
+from lightning_compress.quantization.scales import check_bits
 
 __all__ = ["Table", "allocate"]
 

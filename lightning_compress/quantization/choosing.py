@@ -113,7 +113,7 @@ def check_grids(name: str, layer: nn.Module, grids: Grids) -> bool:
     Raises:
         ValueError: a grid cannot round the layer's weight, such as a group that does not divide it; with the name.
     """
-    low, high = torch.tensor(-1.0), torch.tensor(1.0)
+    low, high = torch.tensor(0.0), torch.tensor(1.0)  # no range is known yet: one that all input grids take
     try:
         learned = grids.weights.learned(channels_first(layer, layer.get_parameter("weight").detach()))
     except ValueError as error:

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lightning_compress.quantization.grid import SMALLEST_SCALE, check_bits
+from lightning_compress.quantization.scales import SMALLEST_SCALE, check_bits
 from lightning_compress.quantization.slopes import straight, with_slopes
 
 __all__ = ["DoReFaInputs", "DoReFaWeights", "unit_steps"]

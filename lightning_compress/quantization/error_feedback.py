@@ -8,7 +8,7 @@ from torch import Tensor
 from lightning_compress.errors import CompressError
 from lightning_compress.pruning.elimination import inverse_factor
 from lightning_compress.quantization.clipping import codes_of, largest_code, row_scale
-from lightning_compress.quantization.grid import check_bits
+from lightning_compress.quantization.scales import check_bits
 
 __all__ = ["check_group", "error_feedback"]
 

@@ -15,6 +15,7 @@ from lightning_compress.quantization.attach import FakeQuant, Phase, attach, cha
 from lightning_compress.quantization.choosing import Grids, Recipe, check_grids
 from lightning_compress.quantization.fake import compiler_available
 from lightning_compress.quantization.grid import Range
+from lightning_compress.quantization.inputs import InputGrid
 from lightning_compress.quantization.learning import LearnedValues
 from lightning_compress.quantization.observers import move_ranges
 from lightning_compress.sharding import all_reduce_max
@@ -129,7 +130,7 @@ class QuantizedLayers:
         if not self.learned.of(name, "weight"):
             self.learned.add(name, "weight", state.weights.learned(channels_first(self.layers[name], weight.detach())))
         if state.inputs and not state.inputs_wait and not self.learned.of(name, "input"):
-            self.learned.add(name, "input", state.inputs.learned(-state.extremes[0], state.extremes[1].clone()))
+            self.learned.add(name, "input", _input_start(name, state.inputs, state.extremes))
         self._use_learned(name, state)
 
     def _use_learned(self, name: str, state: FakeQuant) -> None:
@@ -262,3 +263,10 @@ class QuantizedLayers:
 
 def _called_twice(state: FakeQuant) -> bool:
     return state.inputs is not None and state.pending is not None and state.narrowest is not state.pending
+
+
+def _input_start(name: str, inputs: InputGrid, extremes: Tensor) -> dict[str, Tensor]:
+    try:
+        return inputs.learned(-extremes[0], extremes[1].clone())
+    except ValueError as error:
+        raise ValueError(f"the input of '{name}' cannot be rounded: {error}") from error

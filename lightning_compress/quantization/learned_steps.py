@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lightning_compress.quantization.grid import SMALLEST_SCALE, check_bits
+from lightning_compress.quantization.scales import SMALLEST_SCALE, check_bits
 from lightning_compress.quantization.slopes import column, with_slopes
 
 __all__ = ["LSQ", "PACT", "LSQPlus", "initial_step", "learned_affine", "learned_step", "pact"]

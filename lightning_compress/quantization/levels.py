@@ -15,7 +15,7 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
-from lightning_compress.quantization.grid import SMALLEST_SCALE
+from lightning_compress.quantization.scales import SMALLEST_SCALE
 from lightning_compress.quantization.slopes import column, straight, with_slopes, within
 
 __all__ = [

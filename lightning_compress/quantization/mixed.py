@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_compress.measure.flops import macs_per_weight
 from lightning_compress.quantization.allocation import Table, allocate, check_budget
-from lightning_compress.quantization.grid import check_bits
+from lightning_compress.quantization.scales import check_bits
 from lightning_compress.quantization.sensitivity import (
     check_widths,
     hessian_sensitivity,

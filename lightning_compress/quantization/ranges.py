@@ -12,7 +12,7 @@ import functools
 import torch
 from torch import Tensor
 
-from lightning_compress.quantization.grid import SMALLEST_SCALE, input_grid
+from lightning_compress.quantization.scales import SMALLEST_SCALE, input_grid
 
 __all__ = [
     "BINS",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_compress.quantization.clipping import codes_of, largest_code, row_scale
 from lightning_compress.quantization.error_feedback import check_matrices
-from lightning_compress.quantization.grid import check_bits
+from lightning_compress.quantization.scales import check_bits
 
 __all__ = ["adaptive_rounding", "rectified_sigmoid", "rounding_regularizer"]
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_compress.quantization.fake import fake_quantize_input, round_weight
-from lightning_compress.quantization.grid import input_grid
+from lightning_compress.quantization.scales import input_grid
 from lightning_compress.quantization.trials import (
     Group,
     Loss,
