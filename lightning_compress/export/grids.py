@@ -62,15 +62,17 @@ class Grids:
         Raises:
             ValueError: a module has no output in the graph.
         """
-        for name, trained in outputs.items():
-            values = list(dict.fromkeys(_behind_clip(value, trained) for value in _outputs(self.editor.graph, name)))
+        # All are found before any is rounded: the nodes added lie in no module, and would look like readers outside.
+        graph = self.editor.graph
+        found = {name: [_behind_clip(v, trained) for v in _outputs(graph, name)] for name, trained in outputs.items()}
+        for name, values in found.items():
             if not values:
                 raise ValueError(
                     f"expected '{name}', whose output has a range, to compute a value that is read outside of it, but "
                     "the ONNX graph has none; leave it out of ranges"
                 )
-            for value in values:
-                self.round_everywhere(f"{name}.output", value, grid_of(trained))
+            for value in dict.fromkeys(values):
+                self.round_everywhere(f"{name}.output", value, grid_of(outputs[name]))
 
     def round_everywhere(self, name: str, value: ir.Value, grid: Grid) -> None:
         """Let all readers of a value, and the graph's outputs, have it rounded."""

@@ -29,7 +29,7 @@ __all__ = ["export_onnx", "kernel_counts", "onnx_session", "run_onnx"]
 LARGEST_FILE_BYTES = 2**31 - 1  # protobuf's limit of one message
 
 
-def export_onnx(
+def export_onnx(  # noqa: PLR0913 - all but three have defaults; what a file is told stands in one place
     module: nn.Module,
     path: str | Path,
     example_inputs: Inputs,
@@ -47,8 +47,8 @@ def export_onnx(
     The module is left as it was, also after an error. `path` appears only once the file has passed its check, which
     runs it in ONNX Runtime on `example_inputs` (`verify_file` says what must agree).
 
-    On x86 ONNX Runtime runs a Linear with a range in int8 wherever it stands, a Conv where its output is rounded too: by
-    the next layer with a range, with only a ReLU, maximum pooling or a reshape between, or on an output range of its
+    On x86 ONNX Runtime runs a Linear with a range in int8 wherever it stands, a Conv where its output is rounded too:
+    by the next layer with a range, with only a ReLU, maximum pooling or a reshape between, or on an output range of its
     own (`quantization.placement` finds where these belong). `int8_report` says what became of each.
 
     Args:
@@ -85,6 +85,10 @@ def export_onnx(
     inputs, path = inputs_beside(module, example_inputs), Path(path)
     with evaluating(module):
         model = traced(module, inputs, open_sizes, input_names, output_names)
+        if chosen.rewritten:
+            from lightning_compress.export.faster import spread_layer_norms
+
+            spread_layer_norms(model.graph)
         if ranges is not None:
             from lightning_compress.export.qdq import insert_qdq  # needs onnx-ir, an optional package
 

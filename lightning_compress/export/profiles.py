@@ -18,12 +18,14 @@ class Profile:
     `signed` stores int8 codes instead of uint8. `symmetric` puts the zero at code 0 of int8, which makes a grid that
     ends where the trained one does on the wider side, and is coarser by up to one bit: train on such ranges, or
     expect the file to differ from training by that rounding. `integer_bias` stores biases as int32 of scale s_x s_w.
+    `rewritten` says that the graph is rewritten for ONNX Runtime's CPU kernels (`export.faster`).
     """
 
     name: str
     signed: bool
     symmetric: bool
     integer_bias: bool
+    rewritten: bool = False
 
     @property
     def offset(self) -> int:
@@ -60,7 +62,7 @@ def _symmetric(trained: Range | OutputRange) -> Range | OutputRange:
 PROFILES: Mapping[str, Profile] = {
     each.name: each
     for each in (
-        Profile("cpu", signed=False, symmetric=False, integer_bias=True),
+        Profile("cpu", signed=False, symmetric=False, integer_bias=True, rewritten=True),
         Profile("tensorrt", signed=True, symmetric=True, integer_bias=False),
         Profile("mobile", signed=True, symmetric=False, integer_bias=True),
     )

@@ -15,6 +15,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.export.faster import join_reshapes, pad_channels
 from lightning_compress.export.graph import Editor, array_of, input_of, only_reader, scopes_of, vector_of
 from lightning_compress.export.grids import MOVED_BEHIND_ROUNDING, Grids
 from lightning_compress.export.integer import bias_scale, integer_layer
@@ -55,6 +56,8 @@ def insert_qdq(model: ir.Model, module: nn.Module, ranges: Ranges, profile: Prof
     for node in kernels:
         if node.op_type != "Conv":
             inserter.free_of_relu(node)
+    if profile.rewritten:
+        join_reshapes(model.graph)
     editor.drop_unused_constants()
 
 
@@ -98,6 +101,8 @@ class _Inserter:
     def quantize(self, name: str, node: ir.Node, trained: Range) -> ir.Node:
         """Put one node's input, weight and bias on their grids; return the node that now computes the layer."""
         node = self.as_gemm(name, node) if node.op_type == "MatMul" else node
+        if node.op_type == "Conv" and self.profile.rewritten and input_of(node, 0) not in self.grids.known:
+            pad_channels(self.editor, node)
         weight, bias = input_of(node, 1), node.inputs[2] if len(node.inputs) > 2 else None
         bias = bias if self.profile.integer_bias else None
         transposed = "transB" in node.attributes and node.attributes["transB"].value

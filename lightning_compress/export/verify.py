@@ -27,10 +27,10 @@ def verify_file(path: Path, module: nn.Module, inputs: Inputs, ranges: Ranges | 
     """Run the file and the module on the same inputs, one thread, and compare every floating-point output.
 
     Without ranges the largest difference must stay below 1e-3 of the largest output. With ranges the file must reach
-    20 dB of signal to noise against the module inside `rounded_as_trained`. They differ by the rounding of int32 biases,
-    which moves some sums to the next code: with 8-bit inputs even untrained networks reach 40 dB. Inputs of fewer bits
-    have coarser biases too, so 10 dB are asked where there are any. Open sizes are tried at others than the
-    traced ones.
+    20 dB of signal to noise against the module inside `rounded_as_trained`. They differ by the rounding of int32
+    biases, which moves some sums to the next code: with 8-bit inputs even untrained networks reach 40 dB. Inputs of
+    fewer bits have coarser biases too, so 10 dB are asked where there are any. Open sizes are tried at others than
+    the traced ones.
 
     Raises:
         CompressError: `forward` refuses another size, or the outputs differ in shape or value; with the figure.
