@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +11,9 @@ import torch
 from torch import nn
 
 from lightning_compress.errors import CompressError, NothingToCompress
+from lightning_compress.export.kernels import int8_report
 from lightning_compress.export.profiles import profile_named
+from lightning_compress.export.replacing import written_at_the_end
 from lightning_compress.export.runtime import kernel_counts, onnx_session, require, run_onnx
 from lightning_compress.export.tracing import Inputs, OpenSizes, evaluating, inputs_beside, strip, traced
 from lightning_compress.export.verify import verify_file
@@ -24,7 +24,7 @@ from lightning_compress.quantization.outputs import OUTPUT_STATE, Ranges, output
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["export_onnx", "kernel_counts", "onnx_session", "run_onnx"]
+__all__ = ["export_onnx", "int8_report", "kernel_counts", "onnx_session", "run_onnx"]
 
 LARGEST_FILE_BYTES = 2**31 - 1  # protobuf's limit of one message
 
@@ -94,7 +94,7 @@ def export_onnx(  # noqa: PLR0913 - all but three have defaults; what a file is 
 
             insert_qdq(model, module, ranges, chosen)
         strip(model)
-        with _written_at_the_end(path) as unfinished:
+        with written_at_the_end(path) as unfinished:
             unfinished.write_bytes(_serialized(model))
             if verify:
                 verify_file(unfinished, module, inputs, ranges, open_sizes)
@@ -150,15 +150,3 @@ def _serialized(model: ir.Model) -> bytes:
         raise CompressError(f"one ONNX file holds less than 2 GiB, got {size_bytes} bytes of weights; export parts")
     serialized: bytes = ir.to_proto(model).SerializeToString(deterministic=True)
     return serialized
-
-
-@contextmanager
-def _written_at_the_end(path: Path) -> Iterator[Path]:
-    """Give a path beside `path` to write to; move it there unless the block raises."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-    try:
-        yield unfinished
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)

@@ -18,7 +18,7 @@ from lightning_compress.errors import CompressError
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["Inputs", "OpenSizes", "evaluating", "inputs_beside", "strip", "traced"]
+__all__ = ["Inputs", "OpenSizes", "evaluating", "inputs_beside", "open_shapes", "strip", "traced"]
 
 OPSET = 20  # fixed, so that a newer exporter writes the same file
 CHATTY = (
@@ -83,11 +83,7 @@ def traced(
         ValueError: a size is to be open in which the inputs differ.
         CompressError: the exporter cannot trace or translate `forward`.
     """
-    shapes = None
-    if open_sizes.names:
-        inputs = _with_open_sizes(inputs, open_sizes)
-        sizes = {dim: torch.export.Dim(name) for dim, name in open_sizes.names.items()}
-        shapes = pytree.tree_map(lambda leaf: {dim: sizes[dim] for dim in open_sizes.of(leaf)} or None, inputs)
+    inputs, shapes = open_shapes(inputs, open_sizes)
     args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, None)
     try:
         with _quiet_exporter():
@@ -103,6 +99,19 @@ def traced(
     if program is None:
         raise CompressError("torch.onnx.export returned no program; it needs torch 2.8 or newer")
     return program.model
+
+
+def open_shapes(inputs: Inputs, open_sizes: OpenSizes) -> tuple[Inputs, Any]:
+    """Return inputs to trace with, and the sizes that torch.export is to leave open, None for none.
+
+    Raises:
+        ValueError: the inputs differ in a size that is to be open.
+    """
+    if not open_sizes.names:
+        return inputs, None
+    inputs = _with_open_sizes(inputs, open_sizes)
+    sizes = {dim: torch.export.Dim(name) for dim, name in open_sizes.names.items()}
+    return inputs, pytree.tree_map(lambda leaf: {dim: sizes[dim] for dim in open_sizes.of(leaf)} or None, inputs)
 
 
 def _with_open_sizes(inputs: Inputs, open_sizes: OpenSizes) -> Inputs:
