@@ -35,7 +35,7 @@ KNOWN = {
 }
 PRIVATE_IMPORTS = {
     "export/program.py": ("torch.ao.quantization.fx._decomposed",),
-    "quantization/dataflow.py": ("torch.utils._python_dispatch",),
+    "quantization/dataflow.py": ("torch.utils._python_dispatch", "torch.utils._python_dispatch.TorchDispatchMode"),
 }
 OURS = {"_data"}  # our own package
 ROOTS = {"torch", "lightning", "lightning_utilities", "lightning_fabric"}

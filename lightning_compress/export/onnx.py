@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_compress.errors import CompressError, NothingToCompress
 from lightning_compress.export.kernels import int8_report
-from lightning_compress.export.profiles import profile_named
+from lightning_compress.export.profiles import Profile, profile_named
 from lightning_compress.export.replacing import written_at_the_end
 from lightning_compress.export.runtime import kernel_counts, onnx_session, require, run_onnx
 from lightning_compress.export.tracing import Inputs, OpenSizes, evaluating, inputs_beside, strip, traced
@@ -44,8 +44,8 @@ def export_onnx(  # noqa: PLR0913 - all but three have defaults; what a file is 
 ) -> Path:
     """Write an ONNX file of a module in eval mode: float32, or int8 where a layer has a range. Runs after `fit`.
 
-    The module is left as it was, also after an error. `path` appears only once the file has passed its check, which
-    runs it in ONNX Runtime on `example_inputs` (`verify_file` says what must agree).
+    The module is left as it was. `path` appears only once the file has passed its check, which runs it in ONNX Runtime
+    on `example_inputs` (`verify_file` says what must agree).
 
     On x86 ONNX Runtime runs a Linear with a range in int8 wherever it stands, a Conv where its output is rounded too:
     by the next layer with a range, with only a ReLU, maximum pooling or a reshape between, or on an output range of its
@@ -85,20 +85,24 @@ def export_onnx(  # noqa: PLR0913 - all but three have defaults; what a file is 
     inputs, path = inputs_beside(module, example_inputs), Path(path)
     with evaluating(module):
         model = traced(module, inputs, open_sizes, input_names, output_names)
-        if chosen.rewritten:
-            from lightning_compress.export.faster import spread_layer_norms
-
-            spread_layer_norms(model.graph)
-        if ranges is not None:
-            from lightning_compress.export.qdq import insert_qdq  # needs onnx-ir, an optional package
-
-            insert_qdq(model, module, ranges, chosen)
-        strip(model)
+        _rewrite(model, module, ranges, chosen)
         with written_at_the_end(path) as unfinished:
             unfinished.write_bytes(_serialized(model))
             if verify:
                 verify_file(unfinished, module, inputs, ranges, open_sizes)
     return path
+
+
+def _rewrite(model: ir.Model, module: nn.Module, ranges: Ranges | None, profile: Profile) -> None:
+    # These need onnx-ir, an optional package.
+    from lightning_compress.export.faster import spread_layer_norms
+    from lightning_compress.export.qdq import insert_qdq
+
+    if profile.rewritten:
+        spread_layer_norms(model.graph)
+    if ranges is not None:
+        insert_qdq(model, module, ranges, profile)
+    strip(model)
 
 
 def _check_module(module: nn.Module) -> None:
