@@ -92,7 +92,8 @@ def measured(network: Network, runs: int, count: int) -> dict[str, Any]:
             calls[name] = lambda session=session, feed=feed: session.run(None, feed)
         latency = compare_latency(calls, runs=runs, threads=1)
         floats = int8_report(paths["int8"]).floats
-        weights = sum(module.get_parameter(f"{name}.weight").nbytes for name in layers)
+        weights = [module.get_parameter(f"{name}.weight") for name in layers]
+        float_bytes = sum(4 * (weight.numel() + len(weight)) for weight in weights)  # and biases, norms folded in
         return {
             **{name: {"median_ms": each.median_ms, "p10_ms": each.p10_ms, "p90_ms": each.p90_ms, "min_ms": each.min_ms}
                for name, each in latency.items()},
@@ -104,7 +105,7 @@ def measured(network: Network, runs: int, count: int) -> dict[str, Any]:
             "kernels": kernel_counts(paths["int8"]),
             "float_products": dict(Counter(each.reason for each in floats)),
             "file_bytes": {name: path.stat().st_size for name, path in paths.items()},
-            "layers_bytes_ratio": layer_bytes(paths["int8"], layers) / weights,
+            "layers_bytes_ratio": layer_bytes(paths["int8"], layers) / float_bytes,
             **agreement(module, ranges, network, paths["int8"], count),
         }  # fmt: skip
 
