@@ -35,13 +35,17 @@ LAYERS = {"linear": 0, "conv1d": 1, "conv2d": 2, "conv3d": 3}
 
 @dataclass(frozen=True)
 class Chain:
-    """Two layers by name, and what lies between: `repeats` inputs of the second read each output of the first."""
+    """Two layers by name, what lies between, and the batch norm right behind the second.
+
+    `repeats` inputs of the second read each output of the first.
+    """
 
     first: str
     second: str
     norm: str | None = None
     clamps: tuple[str, ...] = ()
     repeats: int = 1
+    norm_after: str | None = None
 
 
 @dataclass
@@ -84,9 +88,10 @@ class _Graph:
         images = _shape(node.args[0])
         return name if not spatial or len(images) == spatial + 2 else None
 
-    def norm(self, node: Node) -> str | None:
-        """Return the name of the batch norm that a node computes with its running statistics."""
-        if _name(node) != "batch_norm" or node.args[5]:
+    def norm_of(self, layer: Node) -> str | None:
+        """Return the batch norm, with running statistics, that alone reads a layer's output, channel by channel."""
+        node, rows = _only_user(layer), _name(layer) == "linear" and len(_shape(layer)) > 2
+        if node is None or rows or _name(node) != "batch_norm" or node.args[5]:
             return None
         return self.owner(node.args[3], "running_mean")
 
@@ -140,7 +145,7 @@ def _clamp(node: Node, module: nn.Module) -> str | None:
 
 def _from(graph: _Graph, node: Node, first: str) -> Chain | None:
     """Follow what one layer gives to the layer that reads it; None where something else does, or mixes channels."""
-    linear, rows = _name(node) == "linear", len(_shape(node)) > 2
+    linear = _name(node) == "linear"
     channels, repeats = _shape(node)[-1 if linear else 1], 1
     norm: str | None = None
     clamps: list[str] = []
@@ -149,8 +154,10 @@ def _from(graph: _Graph, node: Node, first: str) -> Chain | None:
         second = graph.layer(current)
         if second is not None:
             flat = linear or len(_shape(current.args[0])) == 2
-            return Chain(first, second, norm, tuple(clamps), repeats) if (_name(current) == "linear") == flat else None
-        found = graph.norm(current) if current.args[0] is node and not (linear and rows) else None
+            if (_name(current) == "linear") != flat:
+                return None
+            return Chain(first, second, norm, tuple(clamps), repeats, graph.norm_of(current))
+        found = graph.norm_of(node) if current.args[0] is node else None
         clamp = _clamp(current, graph.module)
         now = _repeats(current, channels, repeats) if not linear or _name(current) in POSITIVE else None
         if found is not None:
@@ -184,7 +191,7 @@ def find_chains(module: nn.Module, batch: Any) -> list[Chain]:
     >>> import torch
     >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten())
     >>> find_chains(net, torch.zeros(2, 1, 8, 8))
-    [Chain(first='0', second='3', norm='1', clamps=(), repeats=1)]
+    [Chain(first='0', second='3', norm='1', clamps=(), repeats=1, norm_after=None)]
     """
     graph = _graph(module, batch)
     found: list[Chain] = []
@@ -207,9 +214,8 @@ def layers_with_norm(module: nn.Module, batch: Any) -> dict[str, str]:
     graph = _graph(module, batch)
     found: dict[str, str] = {}
     for node in graph.program.graph.nodes:
-        first, after = graph.layer(node), _only_user(node)
-        channels_last = _name(node) == "linear" and len(_shape(node)) > 2
-        norm = graph.norm(after) if first is not None and after is not None and not channels_last else None
+        first = graph.layer(node)
+        norm = graph.norm_of(node) if first is not None else None
         if first is not None and norm is not None:
             found[first] = norm
     return found

@@ -40,21 +40,25 @@ def _by_input(layer: nn.Module, repeats: int) -> Tensor:
     return weight.view(groups, weight.shape[0] // groups, weight.shape[1] // repeats, -1)
 
 
-def _output_ranges(layer: nn.Module, norm: nn.Module | None) -> Tensor:
-    """Return max |w| of each output channel, of the weight with its batch norm folded in."""
-    largest = layer.get_parameter("weight").detach().flatten(1).abs().amax(1)
+def _gain(module: nn.Module, norm: str | None, layer: nn.Module) -> Tensor:
+    """Return the size of what folding a layer's batch norm multiplies each of its output channels by, (out,)."""
+    weight = layer.get_parameter("weight").detach()
     if norm is None:
-        return largest
-    variance, eps = norm.get_buffer("running_var"), float(norm.eps)  # type: ignore[arg-type]
-    return largest * (norm.get_parameter("weight") / (variance + eps).sqrt()).abs()
+        return weight.new_ones(len(weight))
+    found = module.get_submodule(norm)
+    variance, eps = found.get_buffer("running_var"), float(found.eps)  # type: ignore[arg-type]
+    gain = found.weight.abs() if isinstance(found.weight, Tensor) else torch.ones_like(variance)
+    return gain / (variance + eps).sqrt()
 
 
 def _equalize_pair(module: nn.Module, chain: Chain) -> float:
     """Scale one pair in place; return how far its scales were from 1, as a largest logarithm."""
     first, second = module.get_submodule(chain.first), module.get_submodule(chain.second)
     norm = module.get_submodule(chain.norm) if chain.norm is not None else None
+    outputs = first.get_parameter("weight").flatten(1).abs().amax(1) * _gain(module, chain.norm, first)
     inputs = _by_input(second, chain.repeats)
-    scale = equalizing_scale(_output_ranges(first, norm), inputs.abs().amax((1, 3)).flatten())
+    gain = _gain(module, chain.norm_after, second).view(inputs.shape[0], -1, 1, 1)
+    scale = equalizing_scale(outputs, (inputs.abs() * gain).amax((1, 3)).flatten())
     holder = first if norm is None else norm
     holder.get_parameter("weight").div_(scale.view(-1, *[1] * (holder.get_parameter("weight").dim() - 1)))
     if holder.bias is not None:
@@ -70,10 +74,9 @@ def equalize(module: nn.Module, batch: Any) -> list[Chain]:
     A pair is a Linear or Conv whose output goes, through an optional batch norm and ReLU, leaky ReLU, dropout, pooling
     or flattening, to one other Linear or Conv and nowhere else; depthwise layers are in two pairs. Channel i of the
     first is divided by s_i, and what the second reads of it is multiplied by it (`equalizing_scale`), again and again
-    over all pairs (Nagel et al. 2019, section 4.1). The batch norm stays: its weight and bias are divided instead of
-    the convolution's, whose range counts with the norm folded in. The module's function stays the same up to rounding,
-    zeros stay zero, and no key changes. Of grids by output channel the second layer's gains; grids of a whole tensor
-    gain most.
+    over all pairs (Nagel et al. 2019, section 4.1). Ranges are those of weights with their batch norms folded in, but
+    the norms stay: the first layer's is divided in its place. The module's function stays the same up to rounding,
+    zeros stay zero, and no key changes. High biases are not absorbed (section 4.1.3).
 
     ReLU6 does not commute with a scale: a pair around one is left as it is. `replace_relu6` makes it a ReLU first.
 

@@ -54,26 +54,23 @@ def depthwise() -> nn.Sequential:
     )  # fmt: skip
 
 
-def output_range(net: nn.Module, chain: Chain) -> Tensor:
-    """max |w| of the first layer's output channels, its norm folded in by torch's own function."""
-    first = net.get_submodule(chain.first)
-    weight = first.weight
-    if chain.norm is not None:
-        norm = net.get_submodule(chain.norm)
-        weight, _ = fuse_conv_bn_weights(
-            weight, first.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-        )
-    return weight.detach().flatten(1).abs().amax(1)
+def shipped(net: nn.Module, layer: str, norm: str | None) -> Tensor:
+    """A layer's weight with its norm folded in by torch's own function."""
+    found = net.get_submodule(layer)
+    if norm is None:
+        return found.weight.detach()
+    n = net.get_submodule(norm)
+    args = (n.running_mean, n.running_var, n.eps, n.weight, n.bias)
+    return fuse_conv_bn_weights(found.weight, found.bias, *args)[0].detach()
 
 
 def input_range(net: nn.Module, chain: Chain, channels: int) -> Tensor:
     """By a loop: the largest weight that reads each channel of the first layer."""
-    second, largest = net.get_submodule(chain.second), []
-    weight, groups = second.weight.detach(), getattr(second, "groups", 1)
+    weight, largest = shipped(net, chain.second, chain.norm_after), []
+    groups = getattr(net.get_submodule(chain.second), "groups", 1)
     outputs = len(weight) // groups
     for channel in range(channels):
-        inside = channels // groups
-        group, at = divmod(channel, inside)
+        group, at = divmod(channel, channels // groups)
         rows = weight[group * outputs : (group + 1) * outputs]
         largest.append(rows[:, at * chain.repeats : (at + 1) * chain.repeats].abs().max())
     return torch.stack(largest)
@@ -84,12 +81,13 @@ def test_the_function_stays_and_the_ranges_become_equal() -> None:
     images = torch.randn(IMAGES)
     before = net(images).detach()
     chains = equalize(net, images)
+    assert [chain.norm_after for chain in chains] == ["4", None, None, None, None]
     pairs = [(chain.first, chain.second, chain.norm, chain.repeats) for chain in chains]
     assert pairs[:2] == [("0", "3", "1", 1), ("3", "6", "4", 1)]
     assert pairs[2:] == [("6", "10", None, 1), ("10", "14", None, 36), ("14", "16", None, 1)]
     assert (net(images) - before).abs().max() <= 1e-5 * before.abs().max()
     for chain in chains:
-        one = output_range(net, chain)
+        one = shipped(net, chain.first, chain.norm).flatten(1).abs().amax(1)
         np.testing.assert_allclose(one, input_range(net, chain, len(one)), rtol=1e-3)
 
 
