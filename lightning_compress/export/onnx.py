@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lightning_compress.errors import CompressError, NothingToCompress
+from lightning_compress.export.integer import check_grids
 from lightning_compress.export.kernels import int8_report
 from lightning_compress.export.profiles import Profile, profile_named
 from lightning_compress.export.replacing import written_at_the_end
@@ -68,7 +69,7 @@ def export_onnx(  # noqa: PLR0913 - all but three have defaults; what a file is 
     Raises:
         ImportError: a package of the `onnx` extra is missing.
         ValueError: a parameter is not float32; a range names no Linear or Conv layer, or one that `forward` does not
-            use; the inputs' first (or, open too, second) sizes differ; no such profile.
+            use, or grids without integer form; the inputs' first (or, open too, second) sizes differ; no such profile.
         IncompatibleCallbacks: a layer in `ranges` has a reparametrized weight.
         NothingToCompress: `ranges` is empty.
         CompressError: fake-quantization is still attached; `forward` cannot be exported; the file would pass 2 GiB,
@@ -138,11 +139,11 @@ def _check_ranges(module: nn.Module, ranges: Ranges) -> None:
     for name, trained in ranges.items():
         if not (math.isfinite(trained.low) and math.isfinite(trained.high) and trained.low <= trained.high):
             raise ValueError(f"expected finite low <= high in the range of '{name}', got {trained}")
-        weight_bits = trained.weight_bits if isinstance(trained, Range) else 8
-        if not (1 <= trained.bits <= 8 and 2 <= weight_bits <= 8):
-            raise ValueError(f"int8 ONNX holds inputs of 1 to 8 and weights of 2 to 8 bits, got {trained} for '{name}'")
-    for name in trained_layers:
+        if not (isinstance(trained, Range) or 1 <= trained.bits <= 8):
+            raise ValueError(f"an int8 file holds outputs of 1 to 8 bits, got {trained} for '{name}'")
+    for name, trained in trained_layers.items():
         check_weight(name, layers[name])
+        check_grids(name, layers[name], trained)
 
 
 def _serialized(model: ir.Model) -> bytes:

@@ -53,7 +53,11 @@ class Profile:
 
 
 def _symmetric(trained: Range | OutputRange) -> Range | OutputRange:
-    largest = max(-trained.low, trained.high)
+    low, high = trained.low, trained.high
+    if isinstance(trained, Range) and trained.inputs is not None:  # a learned grid does not end where the range does
+        low, high = -trained.zero_point * trained.scale, (255 - trained.zero_point) * trained.scale
+        trained = replace(trained, inputs=None, inputs_learned={})
+    largest = max(-low, high)
     return replace(trained, low=-largest * 128 / 127, high=largest)
 
 

@@ -17,12 +17,13 @@ from torch.nn import functional
 from torch.utils import _pytree as pytree
 
 from lightning_compress.errors import CompressError
+from lightning_compress.export.integer import check_grids, layer_codes, scaled_codes
 from lightning_compress.export.replacing import written_at_the_end
 from lightning_compress.export.tracing import Inputs, OpenSizes, evaluating, inputs_beside, open_shapes
 from lightning_compress.export.verify import LEAST_SQNR_DB, sqnr_db
 from lightning_compress.quantization.attach import QUANTIZABLE
 from lightning_compress.quantization.dataflow import watched
-from lightning_compress.quantization.grid import Range, integer_weight
+from lightning_compress.quantization.grid import Range
 from lightning_compress.quantization.outputs import OutputRange, Ranges, outputs_of, rounded_as_trained
 from lightning_compress.quantization.placement import NORMS
 from lightning_compress.sharding import clean_name
@@ -46,7 +47,7 @@ class ReferenceLayer(nn.Module):
     def __init__(self, layer: nn.Module, trained: Range, norm: nn.BatchNorm1d | nn.BatchNorm2d | None = None) -> None:
         super().__init__()
         weight, bias = layer.get_parameter("weight").detach(), getattr(layer, "bias", None)
-        codes, scales = integer_weight(weight, trained.weight_bits)
+        codes, scales = layer_codes(weight, trained)
         bias = None if bias is None else bias.detach()
         if norm is not None:
             codes, scales, bias = _folded(codes, scales, bias, norm)
@@ -95,8 +96,7 @@ def _folded(
     factor = factor if norm.weight is None else factor * norm.weight.detach()
     shift = -norm.running_mean if bias is None else bias - norm.running_mean
     shift = shift * factor if norm.bias is None else shift * factor + norm.bias.detach()
-    signs = factor.sign().to(torch.int8).view(-1, *[1] * (codes.dim() - 1))
-    return codes * signs, torch.where(factor == 0, 1.0, scales * factor.abs()), shift
+    return *scaled_codes(codes, scales, factor), shift
 
 
 def _options(layer: nn.Module) -> tuple[Any, ...] | None:
@@ -126,7 +126,8 @@ def reference_module(module: nn.Module, ranges: Ranges, example_inputs: Inputs) 
         example_inputs: what `module(*inputs)` or, for a dict, `module(**inputs)` takes: shows which norm follows what.
 
     Raises:
-        ValueError: a layer in `ranges` is none, has a forward of its own or padding that differs between sides.
+        ValueError: a layer in `ranges` is none, has a forward of its own, padding that differs between sides, or grids
+            without integer form.
     """
     layers, outputs = outputs_of(ranges)
     norms = _norms_behind(module, layers, inputs_beside(module, example_inputs))
@@ -142,6 +143,7 @@ def reference_module(module: nn.Module, ranges: Ranges, example_inputs: Inputs) 
             raise ValueError(
                 f"expected a plain Linear or zero-padded Conv layer in '{name}', got {layer}; leave it out"
             )
+        check_grids(name, layer, trained)
         norm = clone.get_submodule(norms[name]) if name in norms else None
         clone.set_submodule(name, ReferenceLayer(layer, trained, norm))  # type: ignore[arg-type]
     for norm_name in set(norms.values()):

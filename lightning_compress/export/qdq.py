@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lightning_compress.export.faster import join_reshapes, pad_channels
 from lightning_compress.export.graph import Editor, array_of, input_of, only_reader, scopes_of, vector_of
 from lightning_compress.export.grids import MOVED_BEHIND_ROUNDING, Grids
-from lightning_compress.export.integer import bias_scale, integer_layer
+from lightning_compress.export.integer import bias_scale, folded_codes, integer_layer
 from lightning_compress.export.profiles import Profile
 from lightning_compress.quantization.attach import QUANTIZABLE
 from lightning_compress.quantization.grid import Range
@@ -51,7 +51,9 @@ def insert_qdq(model: ir.Model, module: nn.Module, ranges: Ranges, profile: Prof
     grids = Grids(editor, profile)
     grids.round_outputs(outputs)
     grids.round_joins()
-    inserter = _Inserter(editor, grids, profile)
+    trained_layers = dict(module.named_modules(remove_duplicate=False))
+    weights = {name: trained_layers[name].get_parameter("weight") for name in layers}
+    inserter = _Inserter(editor, grids, profile, weights)
     kernels = [inserter.quantize(name, node, layers[name]) for name, node in found]
     for node in kernels:
         if node.op_type != "Conv":
@@ -96,6 +98,7 @@ class _Inserter:
     editor: Editor
     grids: Grids
     profile: Profile
+    weights: Mapping[str, Tensor]
     rows: dict[ir.Value, ir.Value] = field(default_factory=dict)
 
     def quantize(self, name: str, node: ir.Node, trained: Range) -> ir.Node:
@@ -108,9 +111,8 @@ class _Inserter:
         transposed = "transB" in node.attributes and node.attributes["transB"].value
         out = 0 if node.op_type == "Conv" or transposed else 1
         rows = np.moveaxis(array_of(weight), out, 0)
-        codes, scale, bias_codes = integer_layer(
-            torch.from_numpy(rows.copy()), vector_of(bias, len(rows)), trained.scale, trained.weight_bits
-        )
+        codes, scale = folded_codes(name, torch.from_numpy(rows.copy()), self.weights[name], trained)
+        codes, scale, bias_codes = integer_layer(codes, scale, vector_of(bias, len(rows)), trained.scale)
         codes_as_stored = np.ascontiguousarray(np.moveaxis(codes.numpy(), 0, out))
         self.grids.round_input(name, node, trained)
         node.replace_input_with(1, self.dequantized(f"{name}.weight", node, codes_as_stored, scale, out))

@@ -79,8 +79,8 @@ def test_a_program_file_runs_at_any_batch_and_holds_integers(tmp_path: Path) -> 
 def test_a_program_that_disagrees_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from lightning_compress.export import program
 
-    right = program.integer_weight
-    monkeypatch.setattr(program, "integer_weight", lambda *args: (right(*args)[0], 2 * right(*args)[1]))
+    right = program.layer_codes
+    monkeypatch.setattr(program, "layer_codes", lambda *args: (right(*args)[0], 2 * right(*args)[1]))
     with pytest.raises(CompressError, match="dB of signal to noise, expected at least 20"):
         export_program(
             nn.Sequential(nn.Linear(4, 2)), tmp_path / "a.pt2", (torch.randn(3, 4),), ranges={"0": Range(-3, 3)}
