@@ -24,8 +24,8 @@ from lightning_compress.quantization.placement import PlacedOutput
 from lightning_compress.sharding import clean_name
 
 __all__ = [
-    "OUTPUT_STATE", "OutputFakeQuant", "OutputRange", "Ranges", "attach_output", "detach_output", "output_key",
-    "outputs_of", "rounded_as_trained", "share_grids",
+    "OUTPUT_STATE", "HasExtremes", "OutputFakeQuant", "OutputRange", "Ranges", "attach_output", "detach_output",
+    "output_key", "outputs_of", "rounded_as_trained", "share_grids",
 ]  # fmt: skip
 
 OUTPUT_STATE = "_fake_quant_output"
@@ -158,12 +158,14 @@ def detach_output(module: nn.Module) -> None:
         handle.remove()
 
 
-class _HasExtremes(Protocol):
+class HasExtremes(Protocol):
+    """What a layer's or an output's state has of a range: (-low, high)."""
+
     extremes: Tensor
 
 
 def share_grids(
-    placed: Iterable[PlacedOutput], outputs: Mapping[str, OutputFakeQuant], inputs: Mapping[str, _HasExtremes]
+    placed: Iterable[PlacedOutput], outputs: Mapping[str, OutputFakeQuant], inputs: Mapping[str, HasExtremes]
 ) -> None:
     """Give layers that read a rounded output its range. Runs after ranges have moved, once an optimizer step.
 
@@ -171,7 +173,7 @@ def share_grids(
     """
     for place in placed:
         for reader in place.readers:
-            if place.name in outputs and reader in inputs:
+            if place.name in outputs and outputs[place.name].observed and reader in inputs:
                 inputs[reader].extremes.copy_(outputs[place.name].extremes)
 
 
