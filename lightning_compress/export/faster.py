@@ -16,7 +16,7 @@ FEWEST_OUTPUTS = 16  # and at least one vector of outputs
 def spread_layer_norms(graph: ir.Graph) -> None:
     """Write LayerNormalization over the last dimension as vector operations. Runs once, before layers are quantized.
 
-    ONNX Runtime's own kernel (1.31) adds one number after the other: for 128 tokens of 256, 220 us against 60 us so
+    ONNX Runtime's own kernel (1.31) adds one number after the other: for 128 tokens of 256, 220 us against 95 us so
     written, which is a third of an int8 BERT-mini. Same formula: (x - mean) / sqrt(var + eps) * scale + bias, the
     variance as the mean of squared differences.
     """

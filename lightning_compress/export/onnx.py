@@ -56,10 +56,8 @@ def export_onnx(  # noqa: PLR0913 - all but three have defaults; what a file is 
         module: any module with float32 parameters, on any device; a LightningModule needs its `forward`.
         path: the file to write; missing folders are made.
         example_inputs: what `module(*inputs)` or, for a dict, `module(**inputs)` takes; real data, for the check.
-        ranges: name of a layer in `module` -> its range, from `QuantizationAwareTraining.ranges()`; None writes
-            float32.
-        profile: who will run it: "cpu" (uint8 inputs), "tensorrt" (int8, zero points 0, float biases) or "mobile"
-            (int8).
+        ranges: name of a layer -> its range, from `QuantizationAwareTraining.ranges()`; None writes float32.
+        profile: who will run it: "cpu" (uint8 inputs), "tensorrt" (int8, zero point 0, float biases), "mobile" (int8).
         dynamic_batch: leave the first size of every input open; the inputs must agree in it.
         dynamic_sequence: leave the second size of every input with two or more open; the inputs must agree in it.
         input_names: names in the file; None takes those of `forward`.
