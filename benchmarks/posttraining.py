@@ -146,6 +146,14 @@ def main() -> None:
     wanted = logits(net, images)
     without_6 = logits(only_relu(net, list(seen[:1].split(1)))[0], images)
     print(f"{'':50} SQNR dB  agreement %   the same against the ReLU network, where it is one   seconds")
+    about = {
+        "images": options.images,
+        "calibration": options.calibration,
+        "size": options.size,
+        "torch": torch.__version__,
+        "machine": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
     rows = []
     for name, prepare in SETTINGS.items():
         if options.only not in name:
@@ -163,15 +171,7 @@ def main() -> None:
             row["against_relu"] = compared(without_6, got)
         rows.append(row)
         print(line(row), flush=True)
-    about = {
-        "images": options.images,
-        "calibration": options.calibration,
-        "size": options.size,
-        "torch": torch.__version__,
-        "machine": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-    }
-    Path(options.out).write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+        Path(options.out).write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

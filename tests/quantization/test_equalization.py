@@ -17,6 +17,12 @@ from lightning_compress.quantization.equalization import equalize, equalizing_sc
 from lightning_compress.quantization.folding import fold_batch_norm, folded
 from tests.pruning.architectures import MobileNetV2, UNet, Vgg
 
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
 NARROW = ((1, 8, 1, 1), (6, 12, 2, 2), (6, 16, 2, 2))
 IMAGES = (2, 3, 32, 32)
 

@@ -25,6 +25,11 @@ from lightning_compress.quantization.posttraining import Recipe, quantize_post_t
 from lightning_compress.quantization.rounding import adaptive_rounding
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
 class SmallCnn(nn.Module):
     """Convolutions with and without bias and norm, a depthwise one, and two Linear layers."""
 
