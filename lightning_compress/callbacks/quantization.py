@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import lightning.pytorch as L
@@ -25,13 +26,17 @@ from lightning_compress.callbacks.contract import (
 )
 from lightning_compress.callbacks.order import Claim, check_together
 from lightning_compress.errors import NothingToCompress
-from lightning_compress.quantization.attach import Phase
+from lightning_compress.quantization.attach import QUANTIZABLE, Phase
 from lightning_compress.quantization.batchnorm import freeze_batch_norm, unfreeze_batch_norm
 from lightning_compress.quantization.choosing import Override, Recipe, grids_of, select_quantizable
+from lightning_compress.quantization.dataflow import Flow, watched
 from lightning_compress.quantization.details import Details
-from lightning_compress.quantization.grid import FLOAT_BITS, Range
+from lightning_compress.quantization.grid import FLOAT_BITS
 from lightning_compress.quantization.inputs import InputGrid
 from lightning_compress.quantization.layers import QuantizedLayers
+from lightning_compress.quantization.outputs import Ranges
+from lightning_compress.quantization.placed import PlacedOutputs
+from lightning_compress.quantization.placement import place
 from lightning_compress.quantization.weights import WeightGrid
 from lightning_compress.select import patterns_or_none
 from lightning_compress.window import Moment, resolve_window
@@ -91,6 +96,9 @@ class QuantizationAwareTraining(L.Callback):
         self._folded_at = 0
         self._phase: tuple[Phase, bool] | None = None
         self._frozen_norms: list[nn.Module] = []
+        self.outputs, self._placed = PlacedOutputs(), False
+        self._watch = ExitStack()
+        self._flow: Flow | None = None
         self._restored: dict[str, Any] | None = None
 
     @property
@@ -103,8 +111,10 @@ class QuantizationAwareTraining(L.Callback):
         """Whether the ranges are frozen."""
         return not self.enabled or self._phase == (Phase.FROZEN, False)
 
-    def ranges(self) -> dict[str, Range]:
+    def ranges(self) -> Ranges:
         """Return the trained range and grids of each layer by name; for `export_onnx` and `fake_quantized` after fit.
+
+        Outputs that were rounded, too, stand beside them, under the keys of `quantization.outputs.output_key`.
 
         Raises:
             NothingToCompress: no range was learned yet.
@@ -112,7 +122,7 @@ class QuantizationAwareTraining(L.Callback):
         ranges = self.quantized.ranges()
         if not ranges:
             raise NothingToCompress("no ranges were learned here; call ranges() after fit, or load a checkpoint first")
-        return ranges
+        return {**ranges, **self.outputs.ranges()}
 
     def claims(self) -> list[Claim]:
         """Say which layers this callback quantizes."""
@@ -133,6 +143,7 @@ class QuantizationAwareTraining(L.Callback):
         if stage == "fit" and trainer.global_step == 0:  # a fresh run with the same callback object
             self.clock.reset()
             self.quantized.clear()
+            self.outputs, self._placed = PlacedOutputs(), False
             self._folded_at = 0
         if is_final_at_setup(pl_module):
             self._prepare(trainer, pl_module, stage)
@@ -151,6 +162,8 @@ class QuantizationAwareTraining(L.Callback):
             )
         check_together(trainer.callbacks)  # type: ignore[attr-defined]
         self.quantized.attach(self.details.compiled, keep_weight=trainer.accumulate_grad_batches > 1)
+        if self._placed:
+            self.outputs.attach(pl_module, compiled=self.details.compiled)
         forget_compiled_code()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -167,7 +180,7 @@ class QuantizationAwareTraining(L.Callback):
         if not self.layers or stage != "fit":
             self._prepare(trainer, pl_module, stage)
         if self._restored is not None:
-            self.quantized.load_state_dict(self._restored)
+            self._take_over(self._restored)
             self.quantized.check_known()
             self.clock.load_state_dict(self._restored["clock"])
             self._prepare(trainer, pl_module, stage)
@@ -179,7 +192,9 @@ class QuantizationAwareTraining(L.Callback):
             self._phase = None
             self._enter_phase(trainer)
         else:
-            self.quantized.set_phase(Phase.FROZEN if self.quantized.extremes else Phase.OFF)
+            phase = Phase.FROZEN if self.quantized.extremes else Phase.OFF
+            self.quantized.set_phase(phase)
+            self.outputs.set_phase(phase)
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._start(trainer, pl_module, "fit")
@@ -210,7 +225,10 @@ class QuantizationAwareTraining(L.Callback):
     def _release(self) -> None:
         self.clock.detach()
         self._thaw()
+        self._watch.close()
+        self._flow = None
         self.quantized.detach()
+        self.outputs.detach()
         forget_compiled_code()
 
     # Phases and ranges
@@ -222,6 +240,7 @@ class QuantizationAwareTraining(L.Callback):
         if entered == self._phase and not (phase == Phase.ROUND and self.quantized.some_wait):
             return
         self._warn(self.quantized.enter(*entered, self.clock.steps))
+        self.outputs.set_phase(Phase.OBSERVE if entered == (Phase.ROUND, True) else phase)
         if self._phase is None or phase != self._phase[0]:
             bits = self.quantized.bits if phase >= Phase.ROUND else float(FLOAT_BITS)
             for logger in trainer.loggers:
@@ -235,16 +254,30 @@ class QuantizationAwareTraining(L.Callback):
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         if self.enabled and self.clock.steps >= self._norms_at:
             self._frozen_norms = freeze_batch_norm(pl_module)
+        if self.enabled and self.details.outputs and not self._placed:
+            self._flow = self._watch.enter_context(watched(pl_module))
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         if self.enabled:
             self.quantized.forget_stale_gradients()
+        if self._flow is not None:
+            self._place_outputs(pl_module, self._flow)
+
+    def _place_outputs(self, pl_module: L.LightningModule, flow: Flow) -> None:
+        self._watch.close()
+        self._flow, self._placed = None, True
+        placement = place(pl_module, flow, [n for n, layer in self.layers.items() if isinstance(layer, QUANTIZABLE)])
+        self.outputs.attach(pl_module, placement.outputs, self.details.compiled)
+        self.outputs.set_phase(Phase.OFF if self._phase is None else min(self._phase[0], Phase.OBSERVE))
+        self._warn([f"an output stays in floating point: {reason}" for reason in placement.unplaced])
+        forget_compiled_code()
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         self._thaw()
         if self.enabled and self.clock.steps != self._folded_at:
             self._folded_at = self.clock.steps
             self._warn(self.quantized.fold(self.details.momentum, self.clock.steps))
+            self.outputs.fold(self.details.momentum, self.quantized.states)
             self._enter_phase(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -262,13 +295,24 @@ class QuantizationAwareTraining(L.Callback):
     def state_dict(self) -> dict[str, Any]:
         if not self.enabled:
             return {}
-        return saved_state(self.recipe(), clock=self.clock.state_dict(), **self.quantized.state_dict())
+        outputs = self.outputs.state_dict() if self._placed else {}
+        return saved_state(self.recipe(), clock=self.clock.state_dict(), **self.quantized.state_dict(), outputs=outputs)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self.enabled and state_dict:
             check_state(state_dict, self.recipe(), self)
             self._restored = state_dict
-            self.quantized.load_state_dict(state_dict)
+            self._take_over(state_dict)
+
+    def _take_over(self, state: dict[str, Any]) -> None:
+        self.quantized.load_state_dict(state)
+        self._placed = bool(state["outputs"])
+        if self._placed:
+            self.outputs.load_state_dict(state["outputs"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what belongs to a running batch, so that the callback pickles and copies at any time."""
+        return {**self.__dict__, "_watch": ExitStack(), "_flow": None}
 
 
 def forget_compiled_code() -> None:

@@ -58,7 +58,7 @@ def scaled_codes(codes: Tensor, scale: Tensor, factor: Tensor) -> tuple[Tensor, 
 
     >>> scaled_codes(torch.tensor([[3], [3]], dtype=torch.int8), torch.tensor([0.5, 0.5]), torch.tensor([-2.0, 0.0]))
     (tensor([[-3],
-            [ 0]]), tensor([1., 1.]))
+            [ 0]], dtype=torch.int8), tensor([1., 1.]))
     """
     signs = factor.sign().to(torch.int16).view(-1, *[1] * (codes.dim() - 1))
     signed = (codes.to(torch.int16) * signs).clamp(-128, 127).to(torch.int8)

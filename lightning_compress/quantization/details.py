@@ -18,6 +18,8 @@ class Details:
         learning_rate: of what grids learn, such as a step: the fraction of its first size that a step of Adam moves it.
         inputs_from: when inputs begin to be rounded, if later than the weights; within the window's last two moments.
         batch_norm_from: from when batch norms train with their running statistics, which then stay; None is never.
+        outputs: round outputs that residual additions, concatenations and poolings read, too, as integer kernels of
+            convolutions need it; they are found in the first training batch.
         compiled: compile the rounding functions with `torch.compile` (about 10-20 s once); needs a compiler.
 
     Raises:
@@ -28,6 +30,7 @@ class Details:
     learning_rate: float = 0.01
     inputs_from: Moment | None = None
     batch_norm_from: Moment | None = None
+    outputs: bool = False
     compiled: bool = False
 
     def __post_init__(self) -> None:
