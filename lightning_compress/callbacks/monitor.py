@@ -157,5 +157,6 @@ def _layer_rows(trainer: L.Trainer, pl_module: L.LightningModule) -> list[LayerR
     bits: dict[str, int] = {}
     for compression in _compressions(trainer):
         if isinstance(compression, QuantizationAwareTraining) and compression.complete and compression.enabled:
-            bits |= {f"{name}.weight": trained.weight_bits for name, trained in compression.ranges().items()}
+            layers, _ = outputs_of(compression.ranges())
+            bits |= {f"{name}.weight": trained.weight_bits for name, trained in layers.items()}
     return per_layer(pl_module, bits=bits)

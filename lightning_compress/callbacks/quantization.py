@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from contextlib import ExitStack
 from typing import Any
 
 import lightning.pytorch as L
@@ -26,17 +25,15 @@ from lightning_compress.callbacks.contract import (
 )
 from lightning_compress.callbacks.order import Claim, check_together
 from lightning_compress.errors import NothingToCompress
-from lightning_compress.quantization.attach import QUANTIZABLE, Phase
+from lightning_compress.quantization.attach import Phase
 from lightning_compress.quantization.batchnorm import freeze_batch_norm, unfreeze_batch_norm
 from lightning_compress.quantization.choosing import Override, Recipe, grids_of, select_quantizable
-from lightning_compress.quantization.dataflow import Flow, watched
 from lightning_compress.quantization.details import Details
 from lightning_compress.quantization.grid import FLOAT_BITS
 from lightning_compress.quantization.inputs import InputGrid
 from lightning_compress.quantization.layers import QuantizedLayers
 from lightning_compress.quantization.outputs import Ranges
 from lightning_compress.quantization.placed import PlacedOutputs
-from lightning_compress.quantization.placement import place
 from lightning_compress.quantization.weights import WeightGrid
 from lightning_compress.select import patterns_or_none
 from lightning_compress.window import Moment, resolve_window
@@ -96,9 +93,7 @@ class QuantizationAwareTraining(L.Callback):
         self._folded_at = 0
         self._phase: tuple[Phase, bool] | None = None
         self._frozen_norms: list[nn.Module] = []
-        self.outputs, self._placed = PlacedOutputs(), False
-        self._watch = ExitStack()
-        self._flow: Flow | None = None
+        self.outputs = PlacedOutputs()
         self._restored: dict[str, Any] | None = None
 
     @property
@@ -112,9 +107,7 @@ class QuantizationAwareTraining(L.Callback):
         return not self.enabled or self._phase == (Phase.FROZEN, False)
 
     def ranges(self) -> Ranges:
-        """Return the trained range and grids of each layer by name; for `export_onnx` and `fake_quantized` after fit.
-
-        Outputs that were rounded, too, stand beside them, under the keys of `quantization.outputs.output_key`.
+        """Return what was trained, by layer name and, for outputs, `output_key`; for `export_onnx`, `fake_quantized`.
 
         Raises:
             NothingToCompress: no range was learned yet.
@@ -143,7 +136,7 @@ class QuantizationAwareTraining(L.Callback):
         if stage == "fit" and trainer.global_step == 0:  # a fresh run with the same callback object
             self.clock.reset()
             self.quantized.clear()
-            self.outputs, self._placed = PlacedOutputs(), False
+            self.outputs = PlacedOutputs()
             self._folded_at = 0
         if is_final_at_setup(pl_module):
             self._prepare(trainer, pl_module, stage)
@@ -162,7 +155,7 @@ class QuantizationAwareTraining(L.Callback):
             )
         check_together(trainer.callbacks)  # type: ignore[attr-defined]
         self.quantized.attach(self.details.compiled, keep_weight=trainer.accumulate_grad_batches > 1)
-        if self._placed:
+        if self.outputs.placed:
             self.outputs.attach(pl_module, compiled=self.details.compiled)
         forget_compiled_code()
 
@@ -225,8 +218,6 @@ class QuantizationAwareTraining(L.Callback):
     def _release(self) -> None:
         self.clock.detach()
         self._thaw()
-        self._watch.close()
-        self._flow = None
         self.quantized.detach()
         self.outputs.detach()
         forget_compiled_code()
@@ -254,23 +245,17 @@ class QuantizationAwareTraining(L.Callback):
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         if self.enabled and self.clock.steps >= self._norms_at:
             self._frozen_norms = freeze_batch_norm(pl_module)
-        if self.enabled and self.details.outputs and not self._placed:
-            self._flow = self._watch.enter_context(watched(pl_module))
+        if self.enabled and self.details.outputs:
+            self.outputs.watch(pl_module)
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         if self.enabled:
             self.quantized.forget_stale_gradients()
-        if self._flow is not None:
-            self._place_outputs(pl_module, self._flow)
-
-    def _place_outputs(self, pl_module: L.LightningModule, flow: Flow) -> None:
-        self._watch.close()
-        self._flow, self._placed = None, True
-        placement = place(pl_module, flow, [n for n, layer in self.layers.items() if isinstance(layer, QUANTIZABLE)])
-        self.outputs.attach(pl_module, placement.outputs, self.details.compiled)
-        self.outputs.set_phase(Phase.OFF if self._phase is None else min(self._phase[0], Phase.OBSERVE))
-        self._warn([f"an output stays in floating point: {reason}" for reason in placement.unplaced])
-        forget_compiled_code()
+            phase = self._phase[0] if self._phase else Phase.OFF
+            sentences = self.outputs.place(pl_module, self.layers, phase, self.details.compiled)
+            if sentences is not None:
+                self._warn(sentences)
+                forget_compiled_code()
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         self._thaw()
@@ -295,8 +280,8 @@ class QuantizationAwareTraining(L.Callback):
     def state_dict(self) -> dict[str, Any]:
         if not self.enabled:
             return {}
-        outputs = self.outputs.state_dict() if self._placed else {}
-        return saved_state(self.recipe(), clock=self.clock.state_dict(), **self.quantized.state_dict(), outputs=outputs)
+        state = {**self.quantized.state_dict(), "outputs": self.outputs.state_dict()}
+        return saved_state(self.recipe(), clock=self.clock.state_dict(), **state)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self.enabled and state_dict:
@@ -306,13 +291,7 @@ class QuantizationAwareTraining(L.Callback):
 
     def _take_over(self, state: dict[str, Any]) -> None:
         self.quantized.load_state_dict(state)
-        self._placed = bool(state["outputs"])
-        if self._placed:
-            self.outputs.load_state_dict(state["outputs"])
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out what belongs to a running batch, so that the callback pickles and copies at any time."""
-        return {**self.__dict__, "_watch": ExitStack(), "_flow": None}
+        self.outputs.load_state_dict(state["outputs"])
 
 
 def forget_compiled_code() -> None:

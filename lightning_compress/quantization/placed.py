@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.quantization.attach import Phase
+from lightning_compress.quantization import placement
+from lightning_compress.quantization.attach import QUANTIZABLE, Phase
+from lightning_compress.quantization.dataflow import Flow, watched
 from lightning_compress.quantization.fake import compiler_available
 from lightning_compress.quantization.observers import move_ranges
 from lightning_compress.quantization.outputs import (
@@ -38,6 +41,35 @@ class PlacedOutputs:
         self.places: tuple[PlacedOutput, ...] = ()
         self.parts: dict[str, nn.Module] = {}
         self.extremes: dict[str, Tensor] = {}
+        self.placed = False
+        self._watch = ExitStack()
+        self._flow: Flow | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what belongs to a running forward, so that copies and pickles can be made at any time."""
+        return {**self.__dict__, "_watch": ExitStack(), "_flow": None}
+
+    def watch(self, module: nn.Module) -> None:
+        """Watch the forwards from now on, unless the outputs are known. Runs before the first training batch."""
+        if not self.placed:
+            self._flow = self._watch.enter_context(watched(module))
+
+    def place(
+        self, module: nn.Module, layers: Mapping[str, nn.Module], phase: Phase, compiled: bool
+    ) -> list[str] | None:
+        """Attach to the outputs that the watched forward needs rounded. Runs after it, before its backward.
+
+        Returns:
+            Sentences to warn with; None where nothing was watched.
+        """
+        flow, self._flow = self._flow, None
+        self._watch.close()
+        if flow is None:
+            return None
+        found = placement.place(module, flow, [n for n, layer in layers.items() if isinstance(layer, QUANTIZABLE)])
+        self.attach(module, found.outputs, compiled)
+        self.set_phase(min(phase, Phase.OBSERVE))
+        return [f"an output stays in floating point: {reason}" for reason in found.unplaced]
 
     def attach(self, module: nn.Module, places: tuple[PlacedOutput, ...] | None = None, compiled: bool = False) -> None:
         """Attach to every placed output, switched off, with the ranges that are there already. Runs after `place`.
@@ -47,7 +79,7 @@ class PlacedOutputs:
             places: what `place` found; None takes what a checkpoint held.
             compiled: use the compiled rounding function where there is a compiler.
         """
-        self.places = self.places if places is None else places
+        self.places, self.placed = self.places if places is None else places, True
         every = {clean_name(name): part for name, part in module.named_modules()}
         device = next(module.parameters()).device
         for place in self.places:
@@ -58,6 +90,8 @@ class PlacedOutputs:
 
     def detach(self) -> None:
         """Take everything off; ranges and places stay."""
+        self._watch.close()
+        self._flow = None
         self.collect()
         for part in self.parts.values():
             detach_output(part)
@@ -103,12 +137,17 @@ class PlacedOutputs:
         return {output_key(n): OutputFakeQuant(self.bits, extremes=row).range for n, row in self.extremes.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return ranges and places as plain containers of tensors and numbers."""
+        """Return ranges and places as plain containers of tensors and numbers; empty before outputs are placed."""
+        if not self.placed:
+            return {}
         self.collect()
         places = [[place.name, place.low, place.high, list(place.readers)] for place in self.places]
         return {"extremes": dict(self.extremes), "places": places}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what a checkpoint kept; `attach` puts it on the module."""
+        self.placed = bool(state)
+        if not state:
+            return
         self.extremes = {name: row.float().cpu() for name, row in state["extremes"].items()}
         self.places = tuple(PlacedOutput(n, low, high, tuple(readers)) for n, low, high, readers in state["places"])
