@@ -18,6 +18,7 @@ from lightning_compress.errors import NothingToCompress
 from lightning_compress.measure.chart import plot_report
 from lightning_compress.measure.report import Measurement, Report, compare
 from lightning_compress.measure.size import Count, LayerRow, count_nonzero, file_bytes, per_layer, zipped_bytes
+from lightning_compress.quantization.outputs import outputs_of
 
 __all__ = ["CompressionMonitor"]
 
