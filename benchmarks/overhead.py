@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from models import ImageClassifier, SentenceClassifier, image_batch, sentence_batch
 
 from lightning_compress import Constant, Distillation, GradualPruning, QuantizationAwareTraining
+from lightning_compress.quantization.details import Details
 
 WARMUP = 3
 RUN_STEPS = 10**6
@@ -143,7 +144,7 @@ def variants(module: L.LightningModule) -> dict[str, list[L.Callback]]:
         "plain": [],
         "pruning": [GradualPruning(Constant(0.9), window=(0, RUN_STEPS), frequency=RUN_STEPS)],
         "fake-quant": [QuantizationAwareTraining(**qat)],
-        "fake-quant, compiled": [QuantizationAwareTraining(**qat, compiled=True)],
+        "fake-quant, compiled": [QuantizationAwareTraining(**qat, details=Details(compiled=True))],
         "distillation": [Distillation(copy.deepcopy(module.net))],
     }
 

@@ -1,7 +1,8 @@
 """Channels removed while training: accuracy, step time and exported latency, `python benchmarks/structured.py`.
 
 A ResNet-8 of 64 to 256 channels on full Fashion-MNIST, in bfloat16 autocast. Per seed one dense net; from it, for as
-many steps again, the dense net trained on and the same with StructuredPruning at 2x and 4x fewer MACs. Full Fashion-MNIST: apt-get install dataset-fashion-mnist.
+many steps again, the dense net trained on and the same with StructuredPruning at 2x and 4x fewer MACs. Full
+Fashion-MNIST: apt-get install dataset-fashion-mnist.
 """
 
 from __future__ import annotations

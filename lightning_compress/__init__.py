@@ -26,7 +26,11 @@ from lightning_compress.measure.report import Measurement, compare
 from lightning_compress.pruning.channels import Removal
 from lightning_compress.pruning.criteria import magnitude
 from lightning_compress.pruning.reconstruction import reconstruct
-from lightning_compress.quantization.attach import fake_quantized
+from lightning_compress.quantization.batchnorm import reestimate_batch_norm
+from lightning_compress.quantization.details import Details
+from lightning_compress.quantization.mixed import choose_bits
+from lightning_compress.quantization.outputs import rounded_as_trained as fake_quantized
+from lightning_compress.quantization.posttraining import quantize_post_training
 from lightning_compress.schedule import (
     Alternating,
     Constant,
@@ -48,6 +52,7 @@ __all__ = [
     "Constant",
     "Cosine",
     "Cubic",
+    "Details",
     "Distillation",
     "Exponential",
     "GradualPruning",
@@ -65,12 +70,15 @@ __all__ = [
     "StructuredPruning",
     "TeacherCheckpoint",
     "UnsupportedStrategy",
+    "choose_bits",
     "compare",
     "compare_onnx",
     "export_onnx",
     "fake_quantized",
     "load_from_checkpoint",
     "magnitude",
+    "quantize_post_training",
     "reconstruct",
+    "reestimate_batch_norm",
     "soft_targets",
 ]

@@ -10,7 +10,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from lightning_compress.measure.chart import plot_report
 from lightning_compress.measure.onnx_files import compare_onnx, predict_onnx
 from lightning_compress.measure.report import Measurement, Report
 from lightning_compress.measure.size import count_nonzero
-from lightning_compress.quantization.attach import fake_quantized
+from lightning_compress.quantization.outputs import rounded_as_trained
 
 __all__ = ["FashionClassifier", "main"]
 
@@ -196,7 +196,7 @@ def _measure(
     report = compare_onnx(*files, (images,), labels, names=names, batch_size=LATENCY_BATCH, runs=100)
     with torch.no_grad():
         dense_choice = dense.eval()(images).argmax(dim=1)
-        with fake_quantized(compressed.eval(), ranges):
+        with rounded_as_trained(compressed.eval(), ranges):
             fake_choice = compressed(images).argmax(dim=1)
     file_choice = torch.from_numpy(predict_onnx(files[1], images)).argmax(dim=1)
     kernels = {name: count for name, count in kernel_counts(files[1]).items() if name.startswith("Q")}
@@ -224,7 +224,7 @@ def _share(choice: Tensor, labels: Tensor) -> float:
     return float((choice == labels).float().mean())
 
 
-def _pruned(compressed: FashionClassifier, ranges: dict[str, Any]) -> str:
+def _pruned(compressed: FashionClassifier, ranges: Mapping[str, Any]) -> str:
     """Count over what GradualPruning selects by default: the layers with a range, which are all but the head."""
     count = count_nonzero({name: compressed.get_submodule(name).get_parameter("weight") for name in ranges})
     return f"{count.total - count.nonzero} of {count.total} weights are zero in {', '.join(ranges)} (asked: 90 %)"

@@ -17,7 +17,15 @@ from torch.nn.parameter import UninitializedParameter
 from lightning_compress.errors import NothingToCompress
 from lightning_compress.sharding import clean_name
 
-__all__ = ["Pattern", "Selection", "layers_of", "patterns_or_none", "select_layers", "select_weights"]
+__all__ = [
+    "Pattern",
+    "Selection",
+    "layers_of",
+    "matching_layers",
+    "patterns_or_none",
+    "select_layers",
+    "select_weights",
+]
 
 Pattern = str | type
 HEADS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -165,3 +173,25 @@ def layers_of(module: nn.Module, weights: Mapping[str, nn.Parameter]) -> dict[st
     """
     layers = {id(layer.weight): layer for layer in reversed(list(module.modules())) if hasattr(layer, "weight")}
     return {name: layers[id(weight)] for name, weight in weights.items()}
+
+
+def matching_layers(module: nn.Module, layers: Iterable[str], pattern: Pattern, option: str) -> list[str]:
+    """Return which of these layers, by clean name, one pattern selects, itself or as a container around them.
+
+    Raises:
+        ValueError: the pattern, written in `option`, matches nothing in the module, or none of the layers.
+
+    >>> net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    >>> matching_layers(net, ["0", "2"], "Linear", "per_layer")
+    ['0', '2']
+    """
+    modules = {clean_name(name): layer for name, layer in module.named_modules()}
+    _check_patterns([pattern], modules, option)
+    names = list(layers)
+    found = [name for name in names if _matches_within(pattern, name, modules)]
+    if not found:
+        raise ValueError(
+            f"{option} pattern {pattern!r} matches none of the selected layers, which are {', '.join(names)}; name it "
+            f"in include, or take the pattern out"
+        )
+    return found

@@ -26,6 +26,10 @@ from lightning_compress import (
     soft_targets,
 )
 from lightning_compress.cli import COMMANDS, main
+from lightning_compress.quantization.choosing import grids_of
+from lightning_compress.quantization.details import Details
+from lightning_compress.quantization.inputs import PerToken
+from lightning_compress.quantization.weights import Symmetric
 from tests import user_project
 
 ROOT = Path(__file__).parents[1]
@@ -110,6 +114,7 @@ CHECKPOINT = {
     "class_path": "lightning_compress.TeacherCheckpoint",
     "init_args": {"path": "other.ckpt", "module_class": f"{PROJECT}.Net"},
 }
+GRIDS = "lightning_compress.quantization"
 OPTIONS = [
     ("GradualPruning", {"sparsity": 0.5}, "schedule", GradualPruning(0.5).schedule),
     (
@@ -130,7 +135,27 @@ OPTIONS = [
     ("GradualPruning", {"criterion": f"{PROJECT}.squared"}, "criterion", user_project.squared),
     ("QuantizationAwareTraining", {"window": [10, 20, 30]}, "window", (10, 20, 30)),
     ("QuantizationAwareTraining", {"window": [0.5, 0.6, 1.0]}, "window", (0.5, 0.6, 1.0)),
-    ("QuantizationAwareTraining", {"weight_bits": 4}, "weight_bits", 4),
+    ("QuantizationAwareTraining", {"weights": 4}, "weights", Symmetric(4)),
+    ("QuantizationAwareTraining", {"inputs": None}, "inputs", None),
+    (
+        "QuantizationAwareTraining",
+        {"weights": {"class_path": f"{GRIDS}.weights.Symmetric", "init_args": {"bits": 4, "group": 32}}},
+        "weights",
+        Symmetric(4, 32),
+    ),
+    ("QuantizationAwareTraining", {"inputs": {"class_path": f"{GRIDS}.inputs.PerToken"}}, "inputs", PerToken()),
+    (
+        "QuantizationAwareTraining",
+        {"per_layer": {"net.0": [4, None]}},
+        "per_layer",
+        {"net.0": grids_of(4, None)},
+    ),
+    (
+        "QuantizationAwareTraining",
+        {"details": {"momentum": 0.5, "inputs_from": 20, "batch_norm_from": 0.8}},
+        "details",
+        Details(0.5, inputs_from=20, batch_norm_from=0.8),
+    ),
     ("Distillation", {"teacher": "folder/some.ckpt"}, "source", "folder/some.ckpt"),
     ("Distillation", {"teacher": CHECKPOINT}, "source", TeacherCheckpoint("other.ckpt", user_project.Net)),
     ("Distillation", {"teacher": "x.ckpt", "loss": "lightning_compress.soft_targets"}, "loss", soft_targets),

@@ -33,6 +33,10 @@ KNOWN = {
     "distillation/taps.py": {"_global_forward_hooks_with_kwargs"},
     "quantization/attach.py": {"_version"},
 }
+PRIVATE_IMPORTS = {
+    "export/program.py": ("torch.ao.quantization.fx._decomposed",),
+    "quantization/dataflow.py": ("torch.utils._python_dispatch", "torch.utils._python_dispatch.TorchDispatchMode"),
+}
 OURS = {"_data"}  # our own package
 ROOTS = {"torch", "lightning", "lightning_utilities", "lightning_fabric"}
 
@@ -61,7 +65,10 @@ def private_imports(source):
 @pytest.mark.parametrize("source", package_sources(), ids=str)
 def test_no_private_thing_is_used_that_is_not_proven_here(source):
     assert set(private_attributes(source)) - OURS == KNOWN.get(source.name, set())
-    assert set(private_imports(source)) <= {"torch.utils._pytree"}
+    assert set(private_imports(source)) <= {
+        "torch.utils._pytree",
+        *PRIVATE_IMPORTS.get(source.name, ()),
+    }
 
 
 class Module(L.LightningModule):
@@ -265,3 +272,33 @@ def test_a_compiled_and_a_fabric_wrapper_name_what_they_wrap():
     assert [name for name, _ in compiled.named_children()] == ["_orig_mod"]
     wrapped = Fabric(accelerator="cpu").setup(nn.Linear(2, 1))
     assert "_forward_module" in dict(wrapped.named_children())
+
+
+def test_a_dispatch_mode_sees_each_operator_with_its_tensors():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Seen(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.names = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.names.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    with Seen() as seen:
+        torch.ones(2).relu_()
+    assert seen.names == ["ones", "relu_"]
+
+
+def test_the_reference_operators_are_registered_by_this_import():
+    importlib.import_module("torch.ao.quantization.fx._decomposed")
+    ops, value = torch.ops.quantized_decomposed, torch.tensor([-1.0, 0.26, 9.0])
+    codes = ops.quantize_per_tensor(value, 0.5, 1, 0, 3, torch.uint8)
+    assert codes.tolist() == [0, 2, 3]
+    assert ops.dequantize_per_tensor(codes, 0.5, 1, 0, 3, torch.uint8).tolist() == [-0.5, 0.5, 1.0]
+    weight = ops.dequantize_per_channel(
+        torch.tensor([[2], [3]], dtype=torch.int8), torch.tensor([0.5, 2.0]), torch.zeros(2, dtype=torch.int64),
+        0, -128, 127, torch.int8,
+    )  # fmt: skip
+    assert weight.tolist() == [[1.0], [6.0]]

@@ -18,6 +18,7 @@ from lightning_compress.errors import NothingToCompress
 from lightning_compress.measure.chart import plot_report
 from lightning_compress.measure.report import Measurement, Report, compare
 from lightning_compress.measure.size import Count, LayerRow, count_nonzero, file_bytes, per_layer, zipped_bytes
+from lightning_compress.quantization.outputs import outputs_of
 
 __all__ = ["CompressionMonitor"]
 
@@ -157,5 +158,6 @@ def _layer_rows(trainer: L.Trainer, pl_module: L.LightningModule) -> list[LayerR
     bits: dict[str, int] = {}
     for compression in _compressions(trainer):
         if isinstance(compression, QuantizationAwareTraining) and compression.complete and compression.enabled:
-            bits |= {f"{name}.weight": trained.weight_bits for name, trained in compression.ranges().items()}
+            layers, _ = outputs_of(compression.ranges())
+            bits |= {f"{name}.weight": trained.weight_bits for name, trained in layers.items()}
     return per_layer(pl_module, bits=bits)

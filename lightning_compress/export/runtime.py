@@ -31,13 +31,16 @@ def require(*packages: str) -> None:
         )
 
 
-def onnx_session(path: str | Path, threads: int = 1, *, optimized: Path | None = None) -> onnxruntime.InferenceSession:
+def onnx_session(
+    path: str | Path, threads: int = 1, *, optimized: Path | None = None, layouts: bool = True
+) -> onnxruntime.InferenceSession:
     """Open an ONNX file for the CPU, on `threads` threads.
 
     Args:
         path: the file.
         threads: threads within one operator; operators run one after the other.
         optimized: where to write the graph that ONNX Runtime makes of it, None to keep it in memory.
+        layouts: reorder weights and activations as the processor likes them; without, weights keep their names.
 
     Raises:
         ImportError: onnxruntime is missing.
@@ -52,6 +55,8 @@ def onnx_session(path: str | Path, threads: int = 1, *, optimized: Path | None =
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = ERRORS_ONLY
+    if not layouts:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

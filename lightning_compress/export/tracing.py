@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +18,7 @@ from lightning_compress.errors import CompressError
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["Inputs", "evaluating", "has_batch", "inputs_beside", "strip", "traced"]
+__all__ = ["Inputs", "OpenSizes", "evaluating", "inputs_beside", "open_shapes", "strip", "traced"]
 
 OPSET = 20  # fixed, so that a newer exporter writes the same file
 CHATTY = (
@@ -25,6 +26,24 @@ CHATTY = (
     "onnxscript.optimizer._constant_folding",  # "Evaluation failed", where a node just stays as it is
 )
 Inputs = tuple[Any, ...] | dict[str, Any]
+
+
+@dataclass(frozen=True)
+class OpenSizes:
+    """Which sizes of the inputs a file leaves open: the first of each, the second of each with two or more."""
+
+    batch: bool = True
+    sequence: bool = False
+
+    @property
+    def names(self) -> dict[int, str]:
+        """Dimension -> what it is called."""
+        wanted = ((0, "batch", self.batch), (1, "sequence", self.sequence))
+        return {dim: name for dim, name, is_open in wanted if is_open}
+
+    def of(self, leaf: Any) -> list[int]:
+        """Return the open dimensions of a leaf of the inputs."""
+        return [dim for dim in self.names if isinstance(leaf, Tensor) and leaf.dim() > dim]
 
 
 def inputs_beside(module: nn.Module, inputs: Inputs) -> Inputs:
@@ -54,21 +73,17 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 def traced(
     module: nn.Module,
     inputs: Inputs,
-    dynamic_batch: bool,
+    open_sizes: OpenSizes,
     input_names: Sequence[str] | None,
     output_names: Sequence[str] | None,
 ) -> ir.Model:
     """Return the float32 graph of a module in eval mode, batch norms folded, each node noted with its module.
 
     Raises:
-        ValueError: `dynamic_batch` is asked for inputs of several first sizes.
+        ValueError: a size is to be open in which the inputs differ.
         CompressError: the exporter cannot trace or translate `forward`.
     """
-    shapes = None
-    if dynamic_batch:
-        inputs = _with_open_batch(inputs)
-        batch = torch.export.Dim("batch")
-        shapes = pytree.tree_map(lambda leaf: {0: batch} if has_batch(leaf) else None, inputs)
+    inputs, shapes = open_shapes(inputs, open_sizes)
     args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, None)
     try:
         with _quiet_exporter():
@@ -77,7 +92,8 @@ def traced(
                 dynamic_shapes=shapes, input_names=input_names, output_names=output_names,
             )  # fmt: skip
     except torch.onnx.OnnxExporterError as error:
-        cure = "; if forward fixes the batch size, pass dynamic_batch=False" if dynamic_batch else ""
+        options = ", ".join(f"dynamic_{name}=False" for name in open_sizes.names.values())
+        cure = f"; if forward fixes such a size, pass {options}" if options else ""
         reason = str(error.__cause__ or error).partition("\n")[0]
         raise CompressError(f"torch.onnx.export cannot export {type(module).__name__}: {reason}{cure}") from error
     if program is None:
@@ -85,23 +101,37 @@ def traced(
     return program.model
 
 
-def has_batch(leaf: Any) -> bool:
-    """Say whether a leaf of the inputs has a first size to leave open."""
-    return isinstance(leaf, Tensor) and leaf.dim() > 0
+def open_shapes(inputs: Inputs, open_sizes: OpenSizes) -> tuple[Inputs, Any]:
+    """Return inputs to trace with, and the sizes that torch.export is to leave open, None for none.
+
+    Raises:
+        ValueError: the inputs differ in a size that is to be open.
+    """
+    if not open_sizes.names:
+        return inputs, None
+    inputs = _with_open_sizes(inputs, open_sizes)
+    sizes = {dim: torch.export.Dim(name) for dim, name in open_sizes.names.items()}
+    return inputs, pytree.tree_map(lambda leaf: {dim: sizes[dim] for dim in open_sizes.of(leaf)} or None, inputs)
 
 
-def _with_open_batch(inputs: Inputs) -> Inputs:
-    """Check that all inputs have one batch size, and double a batch of one: the tracer would fix the size 1."""
-    sizes = {leaf.shape[0] for leaf in pytree.tree_leaves(inputs) if has_batch(leaf)}
-    if len(sizes) > 1:
-        raise ValueError(
-            f"dynamic_batch=True needs inputs of one first size, got {sorted(sizes)}; pass dynamic_batch=False"
-        )
-    if sizes != {1}:
-        return inputs
+def _with_open_sizes(inputs: Inputs, open_sizes: OpenSizes) -> Inputs:
+    """Check that all inputs have one size where it is to be open, and double a size of 1: the tracer would fix it."""
+    for dim, name in open_sizes.names.items():
+        leaves = [leaf for leaf in pytree.tree_leaves(inputs) if dim in open_sizes.of(leaf)]
+        sizes = {leaf.shape[dim] for leaf in leaves}
+        if len(sizes) > 1:
+            raise ValueError(
+                f"dynamic_{name}=True needs inputs of one {('first', 'second')[dim]} size, got {sorted(sizes)}; pass "
+                f"dynamic_{name}=False"
+            )
+        if sizes == {1}:
+            inputs = _doubled(inputs, dim)
+    return inputs
 
+
+def _doubled(inputs: Inputs, dim: int) -> Inputs:
     def doubled(leaf: Any) -> Any:
-        return torch.cat([leaf, leaf]) if has_batch(leaf) else leaf
+        return torch.cat([leaf, leaf], dim) if isinstance(leaf, Tensor) and leaf.dim() > dim else leaf
 
     twice: Inputs = pytree.tree_map(doubled, inputs)
     return twice
@@ -119,7 +149,7 @@ def _quiet_exporter() -> Iterator[None]:
             # torch 2.13: its own tree specifications copied; one name for the batch of several inputs, which is what
             # we want; inputs that are no tensors, which become constants
             warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning)
-            warnings.filterwarnings("ignore", "# The axis name: batch will not be used", UserWarning)
+            warnings.filterwarnings("ignore", "# The axis name: (batch|sequence) will not be used", UserWarning)
             warnings.filterwarnings("ignore", "# ONNX model has different number of inputs", UserWarning)
             yield
     finally:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,8 @@ from torch.utils import _pytree as pytree
 
 from lightning_compress.errors import CompressError
 from lightning_compress.export.runtime import run_onnx
-from lightning_compress.export.tracing import Inputs, has_batch
-from lightning_compress.quantization.attach import fake_quantized
-from lightning_compress.quantization.grid import Range
+from lightning_compress.export.tracing import Inputs, OpenSizes
+from lightning_compress.quantization.outputs import Ranges, rounded_as_trained
 
 __all__ = ["sqnr_db", "verify_file"]
 
@@ -25,26 +23,24 @@ LEAST_SQNR_DB = 20.0
 LEAST_SQNR_OF_NARROW_INPUTS_DB = 10.0
 
 
-def verify_file(
-    path: Path, module: nn.Module, inputs: Inputs, ranges: Mapping[str, Range] | None, dynamic_batch: bool
-) -> None:
+def verify_file(path: Path, module: nn.Module, inputs: Inputs, ranges: Ranges | None, open_sizes: OpenSizes) -> None:
     """Run the file and the module on the same inputs, one thread, and compare every floating-point output.
 
     Without ranges the largest difference must stay below 1e-3 of the largest output. With ranges the file must reach
-    20 dB of signal to noise against the module inside `fake_quantized`. They differ by the rounding of int32 biases,
-    which moves some sums to the next code: with 8-bit inputs even untrained networks reach 40 dB. Inputs of fewer bits
-    have coarser biases too, so 10 dB are asked where there are any. An open batch is tried at another size than the
-    traced one.
+    20 dB of signal to noise against the module inside `rounded_as_trained`. They differ by the rounding of int32
+    biases, which moves some sums to the next code: with 8-bit inputs even untrained networks reach 40 dB. Inputs of
+    fewer bits have coarser biases too, so 10 dB are asked where there are any. Open sizes are tried at others than
+    the traced ones.
 
     Raises:
-        CompressError: `forward` refuses another batch size, or the outputs differ in shape or value; with the figure.
+        CompressError: `forward` refuses another size, or the outputs differ in shape or value; with the figure.
     """
     import onnx
 
     onnx.checker.check_model(str(path), full_check=True)
-    inputs = _with_another_batch(inputs) if dynamic_batch else inputs
-    with fake_quantized(module, ranges) if ranges is not None else nullcontext():
-        expected = _outputs(module, inputs, dynamic_batch)
+    inputs = _with_other_sizes(inputs, open_sizes)
+    with rounded_as_trained(module, ranges) if ranges is not None else nullcontext():
+        expected = _outputs(module, inputs, open_sizes)
     got = run_onnx(path, *_arrays(inputs))
     shapes = [each.shape for each in expected], [each.shape for each in got]
     if shapes[0] != shapes[1]:
@@ -60,25 +56,29 @@ def verify_file(
             _compare_rounded(index, reference, output, least_db)
 
 
-def _with_another_batch(inputs: Inputs) -> Inputs:
-    """Repeat the first example, except where there is only one, which was traced as two."""
+def _with_other_sizes(inputs: Inputs, open_sizes: OpenSizes) -> Inputs:
+    """Repeat the first example and leave out the last token; a size of 1 stays, which was traced as two."""
 
-    def grown(leaf: Any) -> Any:
-        return torch.cat([leaf, leaf[:1]]) if has_batch(leaf) and len(leaf) > 1 else leaf
+    def changed(leaf: Any) -> Any:
+        for dim in open_sizes.of(leaf):
+            if leaf.shape[dim] > 1:
+                leaf = torch.cat([leaf, leaf[:1]]) if dim == 0 else leaf[:, :-1]
+        return leaf
 
-    other: Inputs = pytree.tree_map(grown, inputs)
+    other: Inputs = pytree.tree_map(changed, inputs)
     return other
 
 
-def _outputs(module: nn.Module, inputs: Inputs, dynamic_batch: bool) -> list[np.ndarray]:
+def _outputs(module: nn.Module, inputs: Inputs, open_sizes: OpenSizes) -> list[np.ndarray]:
     try:
         return _arrays(module(**inputs) if isinstance(inputs, dict) else module(*inputs))
     except RuntimeError as error:
-        if not dynamic_batch:
+        if not open_sizes.names:
             raise
+        options = [f"dynamic_{name}" for name in open_sizes.names.values()]
         raise CompressError(
-            f"dynamic_batch=True needs a forward that takes any batch size, but one more example ends in: {error}; "
-            "pass dynamic_batch=False"
+            f"{'=True, '.join(options)}=True needs a forward that takes any such size, but another one ends in: "
+            f"{error}; pass {', '.join(f'{option}=False' for option in options)}"
         ) from error
 
 

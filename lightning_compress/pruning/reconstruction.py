@@ -15,41 +15,14 @@ from torch import Tensor, nn
 
 from lightning_compress.errors import CompressError, NothingToCompress
 from lightning_compress.pruning.calibration import evaluating, in_forward_order, run
+from lightning_compress.pruning.elimination import inverse_factor
 from lightning_compress.pruning.hessians import RECONSTRUCTIBLE, Hessian, as_matrices, as_weight, watching
 from lightning_compress.select import Pattern, select_weights
 from lightning_compress.window import check_sparsity
 
 __all__ = ["check_groups", "output_error", "reconstruct", "reconstruct_layer", "reconstruct_weight", "share_zeros"]
 
-UNSEEN = 1e-12  # curvature, by the mean one, of an input that was always zero: its weights cost nothing and go first
-ATTEMPTS = 4
-
-
 # Maths
-
-
-def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
-    """Return upper triangular U with U^T U the inverse of the damped Hessian, by its mean diagonal.
-
-    Row j of U over its diagonal is what OBS does to columns >= j once those before j are settled. From the Cholesky
-    factor of the Hessian in reversed order, so that no inverse is made and factorized once more.
-    """
-    curvature = hessian.diagonal(dim1=-2, dim2=-1)
-    mean, unseen = curvature.mean(), curvature <= 0
-    normal = hessian / torch.where(mean > 0, mean, torch.ones_like(mean))
-    for attempt in range(ATTEMPTS):
-        extra = damping if attempt == 0 else max(damping, 0.001) * 10**attempt
-        damped = normal.flip(-2, -1)
-        damped.diagonal(dim1=-2, dim2=-1).add_(torch.full_like(curvature, extra).masked_fill_(unseen, UNSEEN).flip(-1))
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not bool(failed.any()):
-            unit = torch.eye(hessian.shape[-1], dtype=hessian.dtype, device=hessian.device)
-            inverse: Tensor = torch.linalg.solve_triangular(lower, unit, upper=False)
-            return inverse.flip(-2, -1)
-    raise CompressError(
-        f"the Hessian of the inputs is not positive definite even with damping {extra:g} of its mean diagonal; "
-        f"calibrate with more inputs, or without those that are huge beside the others"
-    )
 
 
 def _lowest(scores: Tensor, pattern: tuple[int, int] | None, count: int) -> Tensor:
@@ -66,7 +39,7 @@ def _settle(work: Tensor, factor: Tensor, pattern: tuple[int, int] | None, count
 
     Args:
         work: the weights, (groups, outputs, columns).
-        factor: the block of `_inverse_factor` on the diagonal.
+        factor: the block of `inverse_factor` on the diagonal.
         pattern: keep and of, chosen anew at each group's first column; None chooses once.
         count: how many go.
 
@@ -158,7 +131,7 @@ def reconstruct_weight(
     for what, values in (("weights", work), ("Hessian of the inputs", hessian)):
         if not bool(torch.isfinite(values).all()):
             raise CompressError(f"the {what} hold NaN or infinite numbers")
-    factor = _inverse_factor(hessian.to(work.dtype), damping)
+    factor = inverse_factor(hessian.to(work.dtype), damping)
     kept = torch.ones_like(work, dtype=torch.bool)
     for begin in range(0, inputs, block):
         end = min(begin + block, inputs)

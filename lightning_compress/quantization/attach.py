@@ -20,15 +20,21 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_compress.errors import IncompatibleCallbacks, NothingToCompress
 from lightning_compress.quantization import fake
-from lightning_compress.quantization.grid import Range, input_grid
+from lightning_compress.quantization.grid import FLOAT_BITS, Range
+from lightning_compress.quantization.inputs import Affine, InputGrid
 from lightning_compress.quantization.observers import widen
+from lightning_compress.quantization.scales import input_grid
+from lightning_compress.quantization.weights import Symmetric, WeightGrid, output_first
 from lightning_compress.shadowing import remember, restore
 from lightning_compress.sharding import clean_name
 
-__all__ = ["QUANTIZABLE", "FakeQuant", "Phase", "attach", "detach", "fake_quantized"]
+__all__ = ["ON_REQUEST", "QUANTIZABLE", "FakeQuant", "Phase", "attach", "detach", "fake_quantized"]
 
 QUANTIZABLE: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+ON_REQUEST: tuple[type[nn.Module], ...] = (*TRANSPOSED, nn.Embedding)  # rounded only where `include` names them
 STATE = "_fake_quant"
+WEIGHTS, INPUTS = Symmetric(), Affine()
 
 
 class Phase(IntEnum):
@@ -42,19 +48,25 @@ class Phase(IntEnum):
 
 @dataclass
 class FakeQuant:
-    """State of one attached layer: grids, phase, and what its last forwards saw.
+    """State of one attached layer: grids, phase, what they learned, and what its last forwards saw.
 
     Plain tensors rather than buffers: a buffer would be rounded by a bf16 module conversion and overwritten by
-    DDP's buffer broadcast in the middle of an accumulation.
+    DDP's buffer broadcast in the middle of an accumulation. What is learned is kept twice, with gradient and as the
+    same memory without: an exporter would warn of a parameter.
     """
 
-    bits: int = 8
-    weight_bits: int = 8
+    weights: WeightGrid = WEIGHTS
+    inputs: InputGrid | None = INPUTS
     phase: Phase = Phase.OFF
+    inputs_wait: bool = False  # only the weight is rounded yet
     compiled: bool = False
     keep_weight: bool = False
+    groups: int = 0  # of a transposed convolution, whose output channels are not dimension 0
+    learning: dict[str, dict[str, Tensor]] = field(default_factory=lambda: {"weight": {}, "input": {}})
+    learned: dict[str, dict[str, Tensor]] = field(default_factory=lambda: {"weight": {}, "input": {}})
     extremes: Tensor = field(default_factory=lambda: torch.full((2,), float("nan")))
     pending: Tensor | None = None
+    narrowest: Tensor | None = None
     kept: tuple[Tensor, int, Tensor] | None = None
     shadowed: list[Any] = field(default_factory=list)
     handles: list[RemovableHandle] = field(default_factory=list)
@@ -66,32 +78,76 @@ class FakeQuant:
 
     @property
     def range(self) -> Range:
-        """The trained range and widths, as an exporter needs them."""
+        """What was trained, as an exporter needs it."""
         low, high = 0.0 - self.extremes[0].item(), self.extremes[1].item()
-        return Range(low, high, self.bits, self.weight_bits)
+        bits = self.inputs.bits if self.inputs else FLOAT_BITS
+        learned = {kind: {key: t.detach().cpu().clone() for key, t in v.items()} for kind, v in self.learned.items()}
+        return Range(
+            low, high, bits, self.weights.bits,
+            None if self.weights == Symmetric(self.weights.bits) else self.weights,
+            None if self.inputs is None or self.inputs == Affine(bits) else self.inputs,
+            learned["weight"], learned["input"],
+        )  # fmt: skip
 
-    def rounded_weight(self, weight: Tensor) -> Tensor:
+    def learn(self, kind: str, tensors: Mapping[str, Tensor]) -> None:
+        """Use these tensors as what the grid of the "weight" or the "input" has learned."""
+        self.learning[kind] = dict(tensors)
+        self.learned[kind] = {key: tensor.detach() for key, tensor in tensors.items()}
+
+    def learns(self, weight: Tensor) -> bool:
+        """Whether a forward shall give learned values their gradient: as long as the layer's weight gets one."""
+        training = self.phase == Phase.ROUND and torch.is_grad_enabled() and not torch.compiler.is_exporting()
+        return training and weight.requires_grad
+
+    @property
+    def observes(self) -> bool:
+        """Whether a forward shall note what it sees; a range that a grid has learned from stays as it was then."""
+        waiting = self.phase == Phase.OBSERVE or (self.phase == Phase.ROUND and not self.learned["input"])
+        # Gradients are off in validation; a recomputation under activation checkpointing sees the same extremes again.
+        return waiting and torch.is_grad_enabled()
+
+    def note(self, value: Any) -> None:
+        """Take in the extremes of an input; of one that stays in floating point only that the layer was called."""
+        seen = torch.zeros_like(self.extremes) if self.inputs is None else widen(None, value)
+        if self.pending is None or self.narrowest is None:
+            self.pending = self.narrowest = seen
+        else:
+            self.narrowest = torch.where(seen.max() < self.narrowest.max(), seen, self.narrowest)
+            self.pending = torch.maximum(self.pending, seen)
+
+    def rounded_weight(self, weight: Tensor, learns: bool = False) -> Tensor:
         """Return the fake-quantized weight; with `keep_weight`, its values are computed once per optimizer step."""
-        if torch.compiler.is_compiling():
-            return fake.fake_quantize_weight(weight, self.weight_bits)
-        rounding = fake.compiled_functions()[0] if self.compiled else fake.round_weight
+        if not isinstance(self.weights, Symmetric):
+            values = (self.learning if learns else self.learned)["weight"]
+            return self.arranged(self.weights.rounded(self.arranged(weight), values))
         # What shadows the parameter (a gate) is another tensor in each forward, and channels may be taken out of it.
-        if not (self.keep_weight and torch.is_grad_enabled() and isinstance(weight, nn.Parameter)):
-            return fake.straight_through(weight, rounding(weight, self.weight_bits))
+        keep = self.keep_weight and torch.is_grad_enabled() and isinstance(weight, nn.Parameter)
+        if not keep or torch.compiler.is_compiling():
+            return fake.straight_through(weight, self._symmetric(weight, self.weights))
         if self.kept is None or self.kept[0] is not weight or self.kept[1] != weight._version:
-            self.kept = (weight, weight._version, rounding(weight, self.weight_bits))
+            self.kept = (weight, weight._version, self._symmetric(weight, self.weights))
         return fake.straight_through(weight, self.kept[2])
 
-    def rounded_input(self, value: Tensor) -> Tensor:
+    def _symmetric(self, weight: Tensor, grid: Symmetric) -> Tensor:
+        rows = self.arranged(weight)
+        if self.compiled and grid.group == "channel" and not torch.compiler.is_compiling():
+            return self.arranged(fake.compiled_functions()[0](rows, grid.bits))
+        return self.arranged(grid.values(rows))
+
+    def arranged(self, weight: Tensor) -> Tensor:
+        """Exchange a weight's stored form and that of a grid, which has output channels first."""
+        return output_first(weight, self.groups) if self.groups else weight
+
+    def rounded_input(self, value: Tensor, learns: bool = False) -> Tensor:
         """Return the fake-quantized input."""
         if value.is_nested:  # nn.TransformerEncoder packs padded batches so in evaluation
-            return torch.nested.as_nested_tensor([self.rounded_input(row) for row in value.unbind()])
-        scale, zero_point = input_grid(-self.extremes[0], self.extremes[1], self.bits)
-        if torch.compiler.is_compiling():
-            return fake.fake_quantize_input(value, scale, zero_point, self.bits)
-        if self.compiled:
-            return fake.compiled_functions()[1](value, scale, zero_point, self.bits)
-        return fake.fake_quantize_input_eager(value, scale, zero_point, self.bits)
+            return torch.nested.as_nested_tensor([self.rounded_input(row, learns) for row in value.unbind()])
+        low, high, grid = -self.extremes[0], self.extremes[1], self.inputs
+        if grid is None:
+            return value
+        if self.compiled and isinstance(grid, Affine) and not torch.compiler.is_compiling():
+            return fake.compiled_functions()[1](value, *input_grid(low, high, grid.bits), grid.bits)
+        return grid.rounded(value, low, high, (self.learning if learns else self.learned)["input"])
 
 
 def _before_forward(
@@ -104,12 +160,14 @@ def _before_forward(
     if not args and not name:  # the forward itself says best what is missing
         return args, kwargs
     value = args[0] if args else kwargs[name]
-    # Gradients are off in validation; a recomputation under activation checkpointing sees the same extremes again.
-    if state.phase in (Phase.OBSERVE, Phase.ROUND) and torch.is_grad_enabled():
-        state.pending = widen(state.pending, value)
+    if state.observes:
+        state.note(value)
     if state.phase >= Phase.ROUND:
-        module.__dict__["weight"] = state.rounded_weight(module.weight)  # type: ignore[arg-type]
-        value = state.rounded_input(value)
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        learns = state.learns(weight)
+        module.__dict__["weight"] = state.rounded_weight(weight, learns)
+        if state.inputs is not None and not state.inputs_wait:
+            value = state.rounded_input(value, learns)
     return ((value, *args[1:]), kwargs) if args else (args, {**kwargs, name: value})
 
 
@@ -122,7 +180,7 @@ def check_weight(name: str, module: nn.Module) -> None:
 
     Raises:
         IncompatibleCallbacks: the weight is reparametrized (`torch.nn.utils.prune`, `parametrize`).
-        ValueError: the weight holds integers.
+        ValueError: the weight holds integers, or an embedding changes it in its forward.
     """
     weight = dict(module.named_parameters(recurse=False)).get("weight")
     if weight is None:
@@ -135,13 +193,26 @@ def check_weight(name: str, module: nn.Module) -> None:
             f"quantization needs floating-point weights, got {weight.dtype} in '{name}'; start from the "
             f"unquantized model or exclude=['{name}']"
         )
+    if getattr(module, "max_norm", None) is not None:
+        raise ValueError(
+            f"'{name}' rescales its weight in each forward (max_norm={module.max_norm}), which would then happen to "
+            f"the rounded copy; take max_norm off the embedding or exclude=['{name}']"
+        )
 
 
-def attach(module: nn.Module, bits: int = 8, weight_bits: int = 8, *, compiled: bool = False) -> FakeQuant:
+def channels_first(module: nn.Module, weight: Tensor) -> Tensor:
+    """Return a layer's weight as a grid sees it: output channels are dimension 0."""
+    return output_first(weight, module.groups) if isinstance(module, TRANSPOSED) else weight
+
+
+def attach(
+    module: nn.Module, weights: WeightGrid = WEIGHTS, inputs: InputGrid | None = INPUTS, *, compiled: bool = False
+) -> FakeQuant:
     """Attach fake-quantization, switched off, to one layer; a layer that has it keeps its state."""
     state: FakeQuant | None = module.__dict__.get(STATE)
     if state is None:
-        state = FakeQuant(bits=bits, weight_bits=weight_bits, compiled=compiled)
+        groups = module.groups if isinstance(module, TRANSPOSED) else 0
+        state = FakeQuant(weights, inputs, compiled=compiled, groups=groups)
         module.__dict__[STATE] = state
         state.handles = [
             module.register_forward_pre_hook(_before_forward, with_kwargs=True),
@@ -184,9 +255,11 @@ def fake_quantized(module: nn.Module, ranges: Mapping[str, Range]) -> Iterator[n
     try:
         for name, layer in layers.items():
             trained = ranges[name]
-            state = attach(layer, trained.bits, trained.weight_bits)
-            weight = layer.get_parameter("weight")
-            state.extremes = torch.tensor([-trained.low, trained.high], device=weight.device)
+            state = attach(layer, trained.weight_grid, trained.input_grid)
+            device = layer.get_parameter("weight").device
+            state.extremes = torch.tensor([-trained.low, trained.high], device=device)
+            state.learn("weight", {key: tensor.to(device) for key, tensor in trained.weights_learned.items()})
+            state.learn("input", {key: tensor.to(device) for key, tensor in trained.inputs_learned.items()})
             state.phase = Phase.FROZEN
         yield module
     finally:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lightning_compress.quantization.grid import weight_scale
+from lightning_compress.quantization.scales import weight_scale
 
 __all__ = ["compiled_functions", "compiler_available", "fake_quantize_input", "fake_quantize_weight"]
 

@@ -1,37 +1,20 @@
-"""Grids: which real numbers an integer code stands for. Affine uint for inputs, symmetric per channel for weights."""
+"""Grids: which real numbers an integer code stands for, and what training decided about a layer's."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-__all__ = ["Range", "check_bits", "input_grid", "integer_weight", "weight_scale"]
+from lightning_compress.quantization.inputs import Affine, InputGrid
+from lightning_compress.quantization.scales import SMALLEST_SCALE, check_bits, input_grid, weight_scale
+from lightning_compress.quantization.weights import Symmetric, WeightGrid
 
-# Below it a scale is a denormal or zero: dividing by it overflows.
-SMALLEST_SCALE = 1e-10
+__all__ = ["FLOAT_BITS", "SMALLEST_SCALE", "Range", "check_bits", "input_grid", "integer_weight", "weight_scale"]
 
-
-def weight_scale(weight: Tensor, bits: int = 8) -> Tensor:
-    """Return the symmetric scale of each output channel: max |w| / (2^(bits-1) - 1).
-
-    An all-zero channel (pruned away) gets scale 1, so that nothing divides by zero here or in an integer bias.
-    Jacob et al. 2018, section 2.1, with zero point 0: zeros of pruning stay exactly zero.
-
-    Args:
-        weight: (out, ...), floating point.
-        bits: width of the integer code, sign included.
-
-    Returns:
-        (out,) float32.
-
-    >>> weight_scale(torch.tensor([[1.27, -0.5], [0.0, 0.0]]))
-    tensor([0.0100, 1.0000])
-    """
-    largest = torch.linalg.vector_norm(weight.detach().flatten(1).float(), ord=float("inf"), dim=1)
-    scale = (largest / (2 ** (bits - 1) - 1)).clamp_min(SMALLEST_SCALE)
-    return torch.where(largest > 0, scale, torch.ones_like(scale))
+FLOAT_BITS = 32
 
 
 def integer_weight(weight: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
@@ -46,44 +29,47 @@ def integer_weight(weight: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
     return (weight.detach().float() / column).round().to(torch.int8), scale
 
 
-def input_grid(low: Tensor, high: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
-    """Return scale and zero point of the affine grid over [low, high], widened to hold zero exactly.
-
-    Jacob et al. 2018, section 3.1: scale = (high - low) / (2^bits - 1), zero point = round(-low / scale).
-
-    Args:
-        low: smallest observed values, any shape, float32.
-        high: largest observed values, same shape.
-        bits: width of the unsigned code.
-
-    Returns:
-        Scale and zero point, both float32 (the zero point is a whole number), same shape.
-
-    >>> input_grid(torch.tensor(-1.0), torch.tensor(1.55))
-    (tensor(0.0100), tensor(100.))
-    """
-    levels = 2**bits - 1
-    low, high = low.clamp(max=0.0), high.clamp(min=0.0)
-    scale = ((high - low) / levels).clamp_min(SMALLEST_SCALE)
-    return scale, (-low / scale).round().clamp(0, levels)
-
-
 @dataclass(frozen=True)
 class Range:
-    """What training decided about one layer: the range of its input, and the widths of input and weight codes.
+    """What training decided about one layer: the range of its input, and the grids of input and weight.
 
-    The weight's own scale is not kept: it follows from the weight (`weight_scale`).
+    The default grids follow from the widths alone: `Affine(bits)` for the input, where 32 bits stand for one that
+    stays in floating point, and `Symmetric(weight_bits)` for the weight, whose scale is not kept because it follows
+    from the weight. Other grids, and what they learned, stand in the last four fields; what was learned is not
+    compared by `==`.
     """
 
     low: float
     high: float
     bits: int = 8
     weight_bits: int = 8
+    weights: WeightGrid | None = None
+    inputs: InputGrid | None = None
+    weights_learned: Mapping[str, Tensor] = field(default_factory=dict, compare=False)
+    inputs_learned: Mapping[str, Tensor] = field(default_factory=dict, compare=False)
+
+    @property
+    def weight_grid(self) -> WeightGrid:
+        """The weight's grid."""
+        return self.weights or Symmetric(self.weight_bits)
+
+    @property
+    def input_grid(self) -> InputGrid | None:
+        """The input's grid; None for an input that stays in floating point."""
+        return self.inputs or (None if self.bits == FLOAT_BITS else Affine(self.bits))
 
     @property
     def grid(self) -> tuple[Tensor, Tensor]:
-        """Scale and zero point of the input, computed in float32 exactly as in training."""
-        return input_grid(torch.tensor(self.low), torch.tensor(self.high), self.bits)
+        """Scale and zero point of the input, computed in float32 exactly as in training.
+
+        Raises:
+            ValueError: the input stays in floating point, or its grid is not affine.
+        """
+        grid = self.input_grid
+        affine = grid and grid.affine(torch.tensor(self.low), torch.tensor(self.high), self.inputs_learned)
+        if not affine:
+            raise ValueError(f"expected an input on an affine grid, got {grid}, which has no scale and zero point")
+        return affine
 
     @property
     def scale(self) -> float:
@@ -95,13 +81,6 @@ class Range:
         """Code of the input value 0.0, in 0 .. 2^bits - 1."""
         return int(self.grid[1])
 
-
-def check_bits(bits: int) -> int:
-    """Return a code width of 2 to 8 bits.
-
-    >>> check_bits(8)
-    8
-    """
-    if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
-        raise ValueError(f"bits is a whole number from 2 to 8, got {bits!r}")
-    return bits
+    def codes(self, weight: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return (int8 codes, scale of each output channel) of the layer's weight, as `WeightGrid.codes` does."""
+        return self.weight_grid.codes(weight.detach(), self.weights_learned)

@@ -32,6 +32,8 @@ from lightning_compress import (
 from lightning_compress.pruning.gates import HardConcrete
 from tests.conformance.modules import Adversaries, LateSetup, Small
 from tests.conformance.running import Run
+from tests.learned_grids import Bounds as LearnedBounds
+from tests.learned_grids import Step as LearnedStep
 
 Make = Callable[[L.LightningModule], list[L.Callback]]
 
@@ -222,6 +224,34 @@ def quantization(module: L.LightningModule) -> list[L.Callback]:
     return [QuantizationAwareTraining(window=(2, 4, 10))]
 
 
+# Quantization whose grids learn
+
+
+def quantized_as_learned(run: Run) -> None:
+    ranges = run.of(QuantizationAwareTraining).ranges()
+    assert ranges
+    for name, seen in run.seen.items():
+        if name in ranges:
+            trained, exact = ranges[name], EXACTNESS[seen.weight.dtype]
+            step = trained.weights_learned["step"]
+            assert step != LearnedStep().learned(seen.parameter)["step"], "it started so, and has learned since"
+            torch.testing.assert_close(
+                seen.weight.float(), (seen.parameter.float() / step).clamp(-7, 7).round() * step, atol=1e-6, rtol=exact
+            )
+            assert seen.value.unique().numel() <= 256, name
+            assert trained.inputs_learned["high"] != trained.high
+
+
+def everything_learned(run: Run) -> dict[str, Tensor]:
+    ranges = run.of(QuantizationAwareTraining).ranges()
+    learned = {f"{n} {k}": v for n, r in ranges.items() for k, v in {**r.weights_learned, **r.inputs_learned}.items()}
+    return {**extremes(run), **learned}
+
+
+def learned_quantization(module: L.LightningModule) -> list[L.Callback]:
+    return [QuantizationAwareTraining(LearnedStep(), LearnedBounds(), window=(2, 4, 10))]
+
+
 # Distillation
 
 
@@ -334,6 +364,19 @@ ROWS: tuple[Row, ...] = (
         off=(lambda module: [QuantizationAwareTraining(enabled=False)],),
         acted=quantized,
         memory=extremes,
+        compressed=lambda run: fake_quantized(run.module, run.of(QuantizationAwareTraining).ranges()),
+        logs=frozenset({"compress/bits"}),
+        phases=4,
+        excused={"NaN weights are named": "it takes no decision from weights; the loss is NaN, as without it"},
+    ),
+    Row(
+        "quantization-learned",
+        QuantizationAwareTraining,
+        make=learned_quantization,
+        default=lambda module: [QuantizationAwareTraining(LearnedStep(), LearnedBounds())],
+        off=(lambda module: [QuantizationAwareTraining(LearnedStep(), LearnedBounds(), enabled=False)],),
+        acted=quantized_as_learned,
+        memory=everything_learned,
         compressed=lambda run: fake_quantized(run.module, run.of(QuantizationAwareTraining).ranges()),
         logs=frozenset({"compress/bits"}),
         phases=4,

@@ -27,6 +27,7 @@ from lightning_compress import (
     QuantizationAwareTraining,
     UnsupportedStrategy,
 )
+from lightning_compress.quantization.details import Details
 from tests.conformance.cases import ROWS, Row, promise
 from tests.conformance.modules import Adversaries, Bert, LateConfigure, Small
 from tests.conformance.running import build, differing, traces, train, trainer_for
@@ -90,10 +91,10 @@ def test_a_schedule_that_ends_outside_the_range() -> None:
     [
         (lambda: GradualPruning(frequency=0), "frequency.*got 0"),
         (lambda: GradualPruning(frequency=NAN), "frequency.*got nan"),
-        (lambda: QuantizationAwareTraining(weight_bits=1), "2 to 8, got 1"),
-        (lambda: QuantizationAwareTraining(activation_bits=16), "2 to 8, got 16"),
-        (lambda: QuantizationAwareTraining(momentum=0.0), r"\(0, 1\], got 0\.0"),
-        (lambda: QuantizationAwareTraining(momentum=NAN), r"\(0, 1\], got nan"),
+        (lambda: QuantizationAwareTraining(weights=1), "2 to 8, got 1"),
+        (lambda: QuantizationAwareTraining(inputs=16), "2 to 8, got 16"),
+        (lambda: Details(momentum=0.0), r"\(0, 1\], got 0\.0"),
+        (lambda: Details(momentum=NAN), r"\(0, 1\], got nan"),
         (lambda: Distillation(nn.Linear(1, 1), weight=1.5), r"\[0, 1\], got 1\.5"),
         (lambda: Distillation(nn.Linear(1, 1), weight=NAN), r"\[0, 1\], got nan"),
         (lambda: Distillation(nn.Linear(1, 1), temperature=0.0), r"positive.*got 0\.0"),
@@ -284,7 +285,7 @@ def test_two_prunings_of_one_weight(first: dict[str, Any], tmp_path: Path) -> No
 
 def test_two_quantizations_of_one_layer(tmp_path: Path) -> None:
     def make(module: L.LightningModule) -> list[L.Callback]:
-        return [*quantize()(module), *quantize(weight_bits=4)(module)]
+        return [*quantize()(module), *quantize(weights=4)(module)]
 
     refused(make, IncompatibleCallbacks, "both quantize model", "include/exclude", folder=tmp_path)
 
@@ -302,7 +303,7 @@ def test_prunings_and_quantizations_of_different_layers_meet(tmp_path: Path) -> 
             GradualPruning(0.5, window=(2, 8), include=["model.4"]),
             GradualPruning(0.9, window=(2, 8), include=["model.7"]),
             QuantizationAwareTraining(window=(2, 4, 10), include=["model.4"]),
-            QuantizationAwareTraining(weight_bits=4, window=(2, 4, 10), include=["model.7"]),
+            QuantizationAwareTraining(weights=4, window=(2, 4, 10), include=["model.7"]),
         ]
 
     module, fresh = build(Small), build(Small)
@@ -362,7 +363,7 @@ OTHER_KEY = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_pa
     [
         (prune(), prune(window=(2, 9)), [r"window=\[2, 8\]", r"window=\[2, 9\]"]),
         (prune(), prune(include=["model.4"]), ["include=None", r"include=\['model.4'\]"]),
-        (quantize(), quantize(weight_bits=4), ["weight_bits=8", "weight_bits=4"]),
+        (quantize(), quantize(weights=4), [r"weights=.Symmetric\(bits=8", r"weights=.Symmetric\(bits=4"]),
         (quantize(), quantize(exclude=["model.4"]), ["exclude=None", r"exclude=\['model.4'\]"]),
     ],
 )

@@ -16,6 +16,7 @@ from lightning_compress import (
     CompressionMonitor,
     GradualPruning,
     LotteryRewinding,
+    QuantizationAwareTraining,
     Reconstruction,
     SparsityRegularization,
     StructuredPruning,
@@ -28,15 +29,18 @@ from tests.conformance.running import KeepRandomness, Run, build, differing, tra
 # These bring their own company, which cannot be there twice; their order is tried by their own tests.
 ACCOMPANIED = (CompressionMonitor, LotteryRewinding)
 COMPRESSING = tuple(row for row in ROWS if row.callback not in ACCOMPANIED)
-# Two that prune the same weights cannot meet.
+# Two that prune the same weights cannot meet, nor two that quantize the same layers.
 PRUNING = {GradualPruning, Reconstruction, SparsityRegularization, StructuredPruning}
-SETS = [
+ALLOWED = [
     rows
     for size in range(2, len(COMPRESSING) + 1)
     for rows in combinations(COMPRESSING, size)
     if len(PRUNING & {row.callback for row in rows}) <= 1
+    and sum(row.callback is QuantizationAwareTraining for row in rows) <= 1
 ]
-LARGEST = [rows for rows in SETS if len(rows) == max(map(len, SETS))]
+LARGEST = [rows for rows in ALLOWED if len(rows) == max(map(len, ALLOWED))]
+# Grids that learn are tried in every order with one other; in more company by resuming.
+SETS = [rows for rows in ALLOWED if len(rows) == 2 or not any(row.name == "quantization-learned" for row in rows)]
 
 
 def together(rows: tuple[Row, ...], module: L.LightningModule) -> list[L.Callback]:

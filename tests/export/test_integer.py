@@ -23,7 +23,7 @@ def test_every_layer_fits_its_integers(rows: list[tuple[float, float, float]], i
     shape[2] = 0
     weight = torch.stack([size * shape for size, _, _ in rows])
     bias = torch.tensor([size * sign for _, size, sign in rows])
-    codes, scale, bias_codes = integer_layer(weight, bias, input_scale, bits)
+    codes, scale, bias_codes = integer_layer(*integer_weight(weight, bits), bias, input_scale)
     assert codes.abs().max() <= 127
     grid = weight.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
     grid = torch.where(grid > 0, grid.clamp_min(SMALLEST_SCALE), grid)
@@ -40,7 +40,7 @@ def test_every_layer_fits_its_integers(rows: list[tuple[float, float, float]], i
 
 def test_plain_layers_have_the_grids_codes() -> None:
     weight, bias = torch.randn(6, 3, 3, 3), torch.randn(6)
-    codes, scale, _ = integer_layer(weight, bias, 0.02)
+    codes, scale, _ = integer_layer(*integer_weight(weight), bias, 0.02)
     expected, expected_scale = integer_weight(weight)
     assert torch.equal(codes, expected)
     assert torch.equal(scale, expected_scale)
@@ -52,7 +52,7 @@ def test_a_bias_that_would_saturate_widens_its_channel_alone() -> None:
     input_scale = 1e-3
     plain = 3.0 / (input_scale * 1e-9 / 127)
     assert plain > 2**31
-    codes, scale, bias_codes = integer_layer(weight, bias, input_scale)
+    codes, scale, bias_codes = integer_layer(*integer_weight(weight), bias, input_scale)
     assert scale[0] == pytest.approx(0.5 / 127)
     assert scale[1] == pytest.approx(3.0 / (2**30 * input_scale))
     assert codes[1].abs().max() <= 1
@@ -61,7 +61,7 @@ def test_a_bias_that_would_saturate_widens_its_channel_alone() -> None:
 
 
 def test_an_empty_channel_keeps_its_bias() -> None:
-    codes, scale, bias_codes = integer_layer(torch.zeros(3, 4), torch.tensor([0.34, -7.0, 0.0]), 0.1)
+    codes, scale, bias_codes = integer_layer(*integer_weight(torch.zeros(3, 4)), torch.tensor([0.34, -7.0, 0.0]), 0.1)
     assert codes.count_nonzero() == 0
     kept = bias_codes.double() * bias_scale(0.1, scale)
     torch.testing.assert_close(kept, torch.tensor([0.34, -7.0, 0.0]).double(), rtol=1e-5, atol=0)
@@ -70,7 +70,7 @@ def test_an_empty_channel_keeps_its_bias() -> None:
 def test_integer_arithmetic_by_hand_is_the_fake_quantized_layer() -> None:
     layer, value = torch.nn.Linear(20, 6), torch.randn(50, 20)
     trained = Range(value.min().item(), value.max().item())
-    codes, scale, bias_codes = integer_layer(layer.weight, layer.bias.detach(), trained.scale)
+    codes, scale, bias_codes = integer_layer(*integer_weight(layer.weight), layer.bias.detach(), trained.scale)
     codes_in = ((value / trained.scale).round() + trained.zero_point).clamp(0, 255).long() - trained.zero_point
     sums = codes_in @ codes.long().T + bias_codes.long()
     by_hand = sums * bias_scale(trained.scale, scale)

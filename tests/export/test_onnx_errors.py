@@ -55,7 +55,7 @@ class Random(nn.Linear):
         ({"used": Range(0, 1), "unused": Range(0, 1)}, ValueError, r"MatMul of \['unused'\]"),
         ({"used": Range(float("nan"), 1)}, ValueError, "finite low <= high in the range of 'used'"),
         ({"used": Range(1, 0)}, ValueError, "finite low <= high"),
-        ({"used": Range(0, 1, bits=16)}, ValueError, "1 to 8"),
+        ({"used": Range(0, 1, bits=16)}, ValueError, "inputs of 2 to 8 bits, got 16"),
         ({"used": Range(0, 1, weight_bits=1)}, ValueError, "2 to 8 bits"),
     ],
 )

@@ -1,0 +1,121 @@
+"""Which layers are rounded, and on which grids."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lightning_compress.errors import NothingToCompress
+from lightning_compress.quantization.attach import (
+    INPUTS,
+    ON_REQUEST,
+    QUANTIZABLE,
+    WEIGHTS,
+    channels_first,
+    check_weight,
+)
+from lightning_compress.quantization.inputs import Affine, InputGrid
+from lightning_compress.quantization.weights import Symmetric, WeightGrid
+from lightning_compress.select import Pattern, matching_layers, select_layers
+
+__all__ = ["Grids", "Override", "Recipe", "check_grids", "grids_of", "select_quantizable"]
+
+Override = tuple[int | WeightGrid, int | InputGrid | None]
+
+
+@dataclass(frozen=True)
+class Grids:
+    """How one layer is rounded; an input grid of None leaves its input in floating point."""
+
+    weights: WeightGrid = WEIGHTS
+    inputs: InputGrid | None = INPUTS
+
+
+def grids_of(weights: int | WeightGrid, inputs: int | InputGrid | None) -> Grids:
+    """Return the grids that an option means; an int is short for the default grid of that width.
+
+    >>> grids_of(4, None)
+    Grids(weights=Symmetric(bits=4, group='channel'), inputs=None)
+
+    Raises:
+        ValueError: a width outside 2 to 8.
+        TypeError: something that is neither a width nor a grid.
+    """
+    if not isinstance(weights, int) and not _is_grid(weights):
+        raise TypeError(f"weights is a width in bits or a grid such as Symmetric(bits=4), got {weights!r}")
+    if inputs is not None and not isinstance(inputs, int) and not _is_grid(inputs):
+        raise TypeError(f"inputs is a width in bits, a grid such as Affine(bits=4), or None, got {inputs!r}")
+    return Grids(
+        Symmetric(weights) if isinstance(weights, int) else weights,
+        Affine(inputs) if isinstance(inputs, int) else inputs,
+    )
+
+
+def _is_grid(value: object) -> bool:
+    return not isinstance(value, type) and all(hasattr(value, name) for name in ("bits", "learned", "rounded"))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The grids of all layers: a default, and overrides by pattern, of which the last that matches a layer counts."""
+
+    default: Grids
+    overrides: tuple[tuple[Pattern, Grids], ...] = ()
+
+    def choices(self, module: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, tuple[int, bool]]:
+        """Return, for each layer, which override counts (-1: none), and whether its input can be rounded at all.
+
+        Raises:
+            ValueError: an override's pattern matches none of the layers.
+        """
+        chosen = dict.fromkeys(layers, -1)
+        for index, (pattern, _) in enumerate(self.overrides):
+            chosen |= dict.fromkeys(matching_layers(module, layers, pattern, "per_layer"), index)
+        return {name: (index, not isinstance(layers[name], nn.Embedding)) for name, index in chosen.items()}
+
+    def grids(self, choice: tuple[int, bool]) -> Grids:
+        """Return the grids of a choice."""
+        index, has_input = choice
+        grids = self.default if index < 0 else self.overrides[index][1]
+        return grids if has_input else Grids(grids.weights, None)
+
+
+def select_quantizable(
+    module: nn.Module, include: Iterable[Pattern] | None, exclude: Iterable[Pattern] | None
+) -> dict[str, nn.Module]:
+    """Select the layers to round, by clean name. Runs at `setup`.
+
+    `include` may also name transposed convolutions and embeddings. The projection of `nn.MultiheadAttention` is left
+    out: it is used without being called, so that hooks never see it.
+
+    Raises:
+        ValueError: a pattern matches nothing, or a weight holds integers.
+        NothingToCompress: nothing is left.
+        IncompatibleCallbacks: a weight is reparametrized.
+    """
+    kinds = QUANTIZABLE if include is None else QUANTIZABLE + ON_REQUEST
+    selected = select_layers(module, kinds, include, exclude).layers
+    inside_attention = [layer.out_proj for layer in module.modules() if isinstance(layer, nn.MultiheadAttention)]
+    layers = {n: m for n, m in selected.items() if not any(m is other for other in inside_attention)}
+    if not layers:
+        raise NothingToCompress("only nn.MultiheadAttention projections are selected, which stay in floating point")
+    for name, layer in layers.items():
+        check_weight(name, layer)
+    return layers
+
+
+def check_grids(name: str, layer: nn.Module, grids: Grids) -> bool:
+    """Return whether training moves anything of these grids besides the weight. Runs at `setup`.
+
+    Raises:
+        ValueError: a grid cannot round the layer's weight, such as a group that does not divide it; with the name.
+    """
+    low, high = torch.tensor(0.0), torch.tensor(1.0)  # no range is known yet: one that all input grids take
+    try:
+        learned = grids.weights.learned(channels_first(layer, layer.get_parameter("weight").detach()))
+    except ValueError as error:
+        raise ValueError(f"'{name}' cannot be rounded: {error}; or give it another grid in per_layer") from error
+    return bool(learned or (grids.inputs and grids.inputs.learned(low, high)))
