@@ -58,7 +58,7 @@ def check_zeros(claims: Iterable[Claim], without_zero: Iterable[str]) -> None:
         if shared:
             layer = weights[shared[0]]
             raise IncompatibleCallbacks(
-                f"{claim.owner} prunes {shared[0]}, which Binary rounds to -s and s: there is no zero, so pruned weights "
+                f"{claim.owner} prunes {shared[0]}, which Binary rounds to -s and s: without a zero, pruned weights "
                 f"would come back; give '{layer}' Ternary in per_layer, or exclude it in one of the two callbacks"
             )
 
