@@ -13,8 +13,9 @@ from typing import Protocol, runtime_checkable
 from lightning.pytorch.callbacks import ModelPruning
 
 from lightning_compress.errors import IncompatibleCallbacks
+from lightning_compress.quantization.layers import QuantizedLayers
 
-__all__ = ["Claim", "Claiming", "check_claims", "check_together"]
+__all__ = ["Claim", "Claiming", "check_claims", "check_together", "check_zeros"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,33 @@ class Claiming(Protocol):
     def claims(self) -> list[Claim]:
         """Return the claims; empty when off or before `setup`."""
         ...
+
+
+@runtime_checkable
+class Quantizing(Protocol):
+    """A callback that rounds layers."""
+
+    quantized: QuantizedLayers
+
+
+def check_zeros(claims: Iterable[Claim], without_zero: Iterable[str]) -> None:
+    """Raise if a weight is pruned whose grid has no zero: what was pruned would come back in each forward.
+
+    Args:
+        claims: of all callbacks.
+        without_zero: names of layers with such a grid.
+
+    >>> check_zeros([Claim("GradualPruning", "prune", frozenset({"a.weight"}))], ["b"])
+    """
+    weights = {f"{name}.weight": name for name in without_zero}
+    for claim in claims:
+        shared = sorted(claim.names & weights.keys()) if claim.action == "prune" else []
+        if shared:
+            layer = weights[shared[0]]
+            raise IncompatibleCallbacks(
+                f"{claim.owner} prunes {shared[0]}, which Binary rounds to -s and s: without a zero, pruned weights "
+                f"would come back; give '{layer}' Ternary in per_layer, or exclude it in one of the two callbacks"
+            )
 
 
 def check_claims(claims: Iterable[Claim]) -> None:
@@ -63,11 +91,15 @@ def check_together(callbacks: Iterable[object]) -> None:
     """Raise if callbacks of this run cannot meet. Runs when each callback knows its targets.
 
     Raises:
-        IncompatibleCallbacks: two of ours claim the same, or Lightning's ModelPruning is in the list as well.
+        IncompatibleCallbacks: two of ours claim the same, a pruned weight is binarized, or Lightning's ModelPruning is
+            in the list as well.
     """
     listed = list(callbacks)
     claims = [claim for callback in listed if isinstance(callback, Claiming) for claim in callback.claims()]
     check_claims(claims)
+    for callback in listed:
+        if isinstance(callback, Quantizing):
+            check_zeros(claims, callback.quantized.without_zero)
     if any(isinstance(callback, ModelPruning) for callback in listed) and any(c.action != "distil" for c in claims):
         raise IncompatibleCallbacks(
             "Lightning's ModelPruning renames parameters while it trains, so nothing else can prune or quantize them; "

@@ -17,6 +17,7 @@ from lightning_compress.quantization.fake import compiler_available
 from lightning_compress.quantization.grid import Range
 from lightning_compress.quantization.inputs import InputGrid
 from lightning_compress.quantization.learning import LearnedValues
+from lightning_compress.quantization.lowbit import Binary
 from lightning_compress.quantization.observers import move_ranges
 from lightning_compress.sharding import all_reduce_max
 
@@ -62,6 +63,11 @@ class QuantizedLayers:
     def grids(self, name: str) -> Grids:
         """Return the grids of one layer."""
         return self.recipe.grids(self.choices[name])
+
+    @property
+    def without_zero(self) -> list[str]:
+        """The layers whose grid has no zero, so that pruned weights would come back."""
+        return [name for name in self.layers if isinstance(self.grids(name).weights, Binary)]
 
     def attach(self, compiled: bool, keep_weight: bool) -> None:
         """Attach to every layer, switched off, with the ranges and learned values that are there already."""
