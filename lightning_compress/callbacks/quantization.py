@@ -27,7 +27,7 @@ from lightning_compress.callbacks.order import Claim, check_together
 from lightning_compress.errors import NothingToCompress
 from lightning_compress.quantization.attach import Phase
 from lightning_compress.quantization.batchnorm import freeze_batch_norm, unfreeze_batch_norm
-from lightning_compress.quantization.choosing import Override, Recipe, grids_of, select_quantizable
+from lightning_compress.quantization.choosing import Override, Recipe, grids_of, override_of, select_quantizable
 from lightning_compress.quantization.details import Details
 from lightning_compress.quantization.grid import FLOAT_BITS
 from lightning_compress.quantization.inputs import InputGrid
@@ -58,7 +58,7 @@ class QuantizationAwareTraining(L.Callback):
         include: names, globs, class names or types; None is every Linear and Conv1d/2d/3d but the output head. It may
             name ConvTranspose1d/2d/3d, and Embedding, whose weight only is rounded.
         exclude: the same, left in floating point.
-        per_layer: pattern -> (weights, inputs) of the selected layers it matches; the last that matches a layer counts.
+        per_layer: pattern -> (weights, inputs), or weights' width, of selected layers; the last that matches counts.
         details: momentum of the ranges, learning rate of grids that learn, moments of inputs and batch norms, compiled.
         enabled: False is plain training.
 
@@ -85,7 +85,7 @@ class QuantizationAwareTraining(L.Callback):
         self.weights, self.inputs = grids.weights, grids.inputs
         self.window = tuple(window)
         self.include, self.exclude = patterns_or_none(include), patterns_or_none(exclude)
-        self.per_layer = {pattern: grids_of(*override) for pattern, override in (per_layer or {}).items()}
+        self.per_layer = {pattern: override_of(each, inputs) for pattern, each in (per_layer or {}).items()}
         self.details, self.enabled = details or Details(), enabled
         self.clock = Clock()
         self.quantized = QuantizedLayers(Recipe(grids, tuple(self.per_layer.items())), self.details.learning_rate)

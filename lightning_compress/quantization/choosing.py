@@ -21,9 +21,9 @@ from lightning_compress.quantization.inputs import Affine, InputGrid
 from lightning_compress.quantization.weights import Symmetric, WeightGrid
 from lightning_compress.select import Pattern, matching_layers, select_layers
 
-__all__ = ["Grids", "Override", "Recipe", "check_grids", "grids_of", "select_quantizable"]
+__all__ = ["Grids", "Override", "Recipe", "check_grids", "grids_of", "override_of", "select_quantizable"]
 
-Override = tuple[int | WeightGrid, int | InputGrid | None]
+Override = tuple[int | WeightGrid, int | InputGrid | None] | int
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,23 @@ def grids_of(weights: int | WeightGrid, inputs: int | InputGrid | None) -> Grids
         Symmetric(weights) if isinstance(weights, int) else weights,
         Affine(inputs) if isinstance(inputs, int) else inputs,
     )
+
+
+def override_of(override: Override, inputs: int | InputGrid | None) -> Grids:
+    """Return the grids of a `per_layer` entry: (weights, inputs), or a width of the weights alone.
+
+    >>> override_of(4, 8)
+    Grids(weights=Symmetric(bits=4, group='channel'), inputs=Affine(bits=8))
+
+    Raises:
+        ValueError: a width outside 2 to 8.
+        TypeError: neither a width nor a pair of them.
+    """
+    if isinstance(override, int):
+        return grids_of(override, inputs)
+    if not isinstance(override, (tuple, list)) or len(override) != 2:
+        raise TypeError(f"per_layer gives each pattern (weights, inputs) or the weights' width, got {override!r}")
+    return grids_of(*override)
 
 
 def _is_grid(value: object) -> bool:

@@ -306,3 +306,15 @@ def test_a_module_called_with_very_different_inputs_is_warned_of_with_both() -> 
 
     with pytest.warns(UserWarning, match=r"'second' is called with inputs in \[0, \d.* and in \[0, \d.*lose 10 bits"):
         fit(QuantizationAwareTraining(window=WINDOW), Shared())
+
+
+def test_per_layer_takes_widths_as_choose_bits_gives_them() -> None:
+    callback = QuantizationAwareTraining(8, Affine(6), WINDOW, per_layer={"first": 3})
+    fit(callback)
+    assert (callback.ranges()["first"].weight_bits, callback.ranges()["first"].bits) == (3, 6)
+    assert callback.ranges()["second"].weight_bits == 8
+
+
+def test_per_layer_names_what_it_takes() -> None:
+    with pytest.raises(TypeError, match=r"per_layer gives each pattern \(weights, inputs\) or .*, got \(4,\)"):
+        QuantizationAwareTraining(per_layer={"first": (4,)})  # type: ignore[dict-item]
