@@ -70,7 +70,7 @@ def pad_channels(editor: Editor, node: ir.Node) -> None:
     weight = array_of(input_of(node, 1))
     group = node.attributes["group"].value if "group" in node.attributes else 1
     missing = -weight.shape[1] % CHANNELS_TOGETHER
-    if group != 1 or not missing or weight.shape[0] < FEWEST_OUTPUTS or weight.ndim != 4 or weight[0, 0].size == 1:
+    if group != 1 or missing != 1 or weight.shape[0] < FEWEST_OUTPUTS or weight.ndim != 4 or weight[0, 0].size == 1:
         return
     source, name = input_of(node, 0), str(input_of(node, 1).name)
     amounts = editor.constant(f"{name}:padding", np.array([0, 0, 0, 0, 0, missing, 0, 0], np.int64))

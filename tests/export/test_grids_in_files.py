@@ -160,3 +160,9 @@ def test_the_code_without_opposite() -> None:
     codes, scale = scaled_codes(torch.tensor([[-128, 5]], dtype=torch.int8), torch.tensor([0.5]), torch.tensor([-1.0]))
     assert codes.tolist() == [[127, -5]]
     assert scale.tolist() == [0.5]
+
+
+def test_a_layer_of_one_channel_is_not_padded(tmp_path: Path) -> None:
+    module = nn.Sequential(nn.Conv2d(1, 32, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32 * 36, 4))
+    path = export_onnx(module, tmp_path / "a.onnx", (torch.rand(4, 1, 8, 8),), ranges={"0": Range(0.0, 1.0)})
+    assert stored(path)["0.weight:int"].shape == (32, 1, 3, 3)
