@@ -32,12 +32,12 @@ from lightning_compress import fake_quantized
 from lightning_compress.demo_data import DEVIATION, MEAN
 from lightning_compress.export.verify import sqnr_db
 from lightning_compress.quantization.bias_correction import correct_bias
-from lightning_compress.quantization.calibration import mean_square_error
 from lightning_compress.quantization.equalization import equalize, replace_relu6
 from lightning_compress.quantization.error_feedback import error_feedback
 from lightning_compress.quantization.folding import fold_batch_norm
 from lightning_compress.quantization.grid import Range
 from lightning_compress.quantization.posttraining import Recipe, quantize_post_training
+from lightning_compress.quantization.ranges import mean_square_error
 from lightning_compress.quantization.rounding import adaptive_rounding
 from lightning_compress.quantization.weights import Symmetric
 from tests.pruning.architectures import MobileNetV2

@@ -59,7 +59,7 @@ class QuantizationAwareTraining(L.Callback):
             name ConvTranspose1d/2d/3d, and Embedding, whose weight only is rounded.
         exclude: the same, left in floating point.
         per_layer: pattern -> (weights, inputs), or weights' width, of selected layers; the last that matches counts.
-        details: momentum of the ranges, learning rate of grids that learn, moments of inputs and batch norms, compiled.
+        details: what makes ranges, learning rate of grids that learn, moments of inputs and batch norms, noise, ...
         enabled: False is plain training.
 
     Raises:
@@ -88,12 +88,11 @@ class QuantizationAwareTraining(L.Callback):
         self.per_layer = {pattern: override_of(each, inputs) for pattern, each in (per_layer or {}).items()}
         self.details, self.enabled = details or Details(), enabled
         self.clock = Clock()
-        self.quantized = QuantizedLayers(Recipe(grids, tuple(self.per_layer.items())), self.details.learning_rate)
+        self.quantized = QuantizedLayers(Recipe(grids, tuple(self.per_layer.items())), self.details)
         self._steps, self._inputs_at, self._norms_at = (0, 0, 0), 0, float("inf")
-        self._folded_at = 0
         self._phase: tuple[Phase, bool] | None = None
         self._frozen_norms: list[nn.Module] = []
-        self.outputs = PlacedOutputs()
+        self.outputs, self._folded_at = PlacedOutputs(rule=self.details.observer), 0
         self._restored: dict[str, Any] | None = None
 
     @property
@@ -136,8 +135,7 @@ class QuantizationAwareTraining(L.Callback):
         if stage == "fit" and trainer.global_step == 0:  # a fresh run with the same callback object
             self.clock.reset()
             self.quantized.clear()
-            self.outputs = PlacedOutputs()
-            self._folded_at = 0
+            self.outputs, self._folded_at = PlacedOutputs(rule=self.details.observer), 0
         if is_final_at_setup(pl_module):
             self._prepare(trainer, pl_module, stage)
 
@@ -230,8 +228,8 @@ class QuantizationAwareTraining(L.Callback):
         # In ROUND, a layer that is called for the first time starts rounding once it has a range.
         if entered == self._phase and not (phase == Phase.ROUND and self.quantized.some_wait):
             return
+        self.outputs.enter(Phase.OBSERVE if entered == (Phase.ROUND, True) else phase, self.quantized.states)
         self._warn(self.quantized.enter(*entered, self.clock.steps))
-        self.outputs.set_phase(Phase.OBSERVE if entered == (Phase.ROUND, True) else phase)
         if self._phase is None or phase != self._phase[0]:
             bits = self.quantized.bits if phase >= Phase.ROUND else float(FLOAT_BITS)
             for logger in trainer.loggers:
@@ -247,6 +245,7 @@ class QuantizationAwareTraining(L.Callback):
             self._frozen_norms = freeze_batch_norm(pl_module)
         if self.enabled and self.details.outputs:
             self.outputs.watch(pl_module)
+        self.quantized.noise_at(self.clock.steps)
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         if self.enabled:
@@ -261,14 +260,15 @@ class QuantizationAwareTraining(L.Callback):
         self._thaw()
         if self.enabled and self.clock.steps != self._folded_at:
             self._folded_at = self.clock.steps
-            self._warn(self.quantized.fold(self.details.momentum, self.clock.steps))
-            self.outputs.fold(self.details.momentum, self.quantized.states)
+            self._warn(self.quantized.fold(self.details.average, self.clock.steps))
+            self.outputs.fold(self.details.average, self.quantized.states)
             self._enter_phase(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._warn(self.quantized.not_finite())
 
     def _thaw(self) -> None:
+        self.quantized.noise_at(None)
         unfreeze_batch_norm(self._frozen_norms)
         self._frozen_norms = []
 

@@ -21,7 +21,9 @@ from torch.utils.hooks import RemovableHandle
 from lightning_compress.errors import IncompatibleCallbacks, NothingToCompress
 from lightning_compress.quantization import fake
 from lightning_compress.quantization.grid import FLOAT_BITS, Range
+from lightning_compress.quantization.histograms import count_values
 from lightning_compress.quantization.inputs import Affine, InputGrid
+from lightning_compress.quantization.noise import NO_NOISE, Noise, drop_rounding, uniform_noise
 from lightning_compress.quantization.observers import widen
 from lightning_compress.quantization.scales import input_grid
 from lightning_compress.quantization.weights import Symmetric, WeightGrid, output_first
@@ -67,6 +69,10 @@ class FakeQuant:
     extremes: Tensor = field(default_factory=lambda: torch.full((2,), float("nan")))
     pending: Tensor | None = None
     narrowest: Tensor | None = None
+    counts: Tensor | None = None  # of values, where a rule waits for them
+    settled: bool = False  # a rule has made the range, which stays
+    noise: Noise = NO_NOISE
+    keys: Tensor | None = None  # of this step's noise for weight and input; None outside of training batches
     kept: tuple[Tensor, int, Tensor] | None = None
     shadowed: list[Any] = field(default_factory=list)
     handles: list[RemovableHandle] = field(default_factory=list)
@@ -77,10 +83,14 @@ class FakeQuant:
         return not bool(torch.isnan(self.extremes).any())
 
     @property
+    def bits(self) -> int:
+        """Width of the input's code."""
+        return self.inputs.bits if self.inputs else FLOAT_BITS
+
+    @property
     def range(self) -> Range:
         """What was trained, as an exporter needs it."""
-        low, high = 0.0 - self.extremes[0].item(), self.extremes[1].item()
-        bits = self.inputs.bits if self.inputs else FLOAT_BITS
+        low, high, bits = 0.0 - self.extremes[0].item(), self.extremes[1].item(), self.bits
         learned = {kind: {key: t.detach().cpu().clone() for key, t in v.items()} for kind, v in self.learned.items()}
         return Range(
             low, high, bits, self.weights.bits,
@@ -101,14 +111,17 @@ class FakeQuant:
 
     @property
     def observes(self) -> bool:
-        """Whether a forward shall note what it sees; a range that a grid has learned from stays as it was then."""
-        waiting = self.phase == Phase.OBSERVE or (self.phase == Phase.ROUND and not self.learned["input"])
+        """Whether a forward shall note what it sees; a range that is settled or that a grid has learned from stays."""
+        stays = self.settled or bool(self.learned["input"])
+        waiting = self.phase == Phase.OBSERVE or (self.phase == Phase.ROUND and not stays)
         # Gradients are off in validation; a recomputation under activation checkpointing sees the same extremes again.
         return waiting and torch.is_grad_enabled()
 
     def note(self, value: Any) -> None:
         """Take in the extremes of an input; of one that stays in floating point only that the layer was called."""
         seen = torch.zeros_like(self.extremes) if self.inputs is None else widen(None, value)
+        if self.counts is not None:
+            self.counts += count_values(value)
         if self.pending is None or self.narrowest is None:
             self.pending = self.narrowest = seen
         else:
@@ -130,6 +143,8 @@ class FakeQuant:
 
     def _symmetric(self, weight: Tensor, grid: Symmetric) -> Tensor:
         rows = self.arranged(weight)
+        if self.keys is not None and self.noise.weights:
+            return self.arranged(grid.values_at_random(rows, uniform_noise(rows, self.keys[0])))
         if self.compiled and grid.group == "channel" and not torch.compiler.is_compiling():
             return self.arranged(fake.compiled_functions()[0](rows, grid.bits))
         return self.arranged(grid.values(rows))
@@ -146,8 +161,12 @@ class FakeQuant:
         if grid is None:
             return value
         if self.compiled and isinstance(grid, Affine) and not torch.compiler.is_compiling():
-            return fake.compiled_functions()[1](value, *input_grid(low, high, grid.bits), grid.bits)
-        return grid.rounded(value, low, high, (self.learning if learns else self.learned)["input"])
+            rounded = fake.compiled_functions()[1](value, *input_grid(low, high, grid.bits), grid.bits)
+        else:
+            rounded = grid.rounded(value, low, high, (self.learning if learns else self.learned)["input"])
+        if self.keys is None or not self.noise.inputs:
+            return rounded
+        return drop_rounding(value, rounded, uniform_noise(value, self.keys[1]), self.noise.inputs)
 
 
 def _before_forward(

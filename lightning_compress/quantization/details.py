@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lightning_compress.quantization.noise import NO_NOISE, Noise
+from lightning_compress.quantization.ranges import RangeRule, check_rule
 from lightning_compress.window import Moment, resolve_moment
 
 __all__ = ["Details"]
@@ -21,9 +23,14 @@ class Details:
         outputs: round outputs that residual additions, concatenations and poolings read, too, as integer kernels of
             convolutions need it; they are found in the first training batch.
         compiled: compile the rounding functions with `torch.compile` (about 10-20 s once); needs a compiler.
+        observer: rule that makes the ranges of all that was seen, when inputs begin to be rounded, and they stay:
+            `min_max`, `percentile`, `mean_square_error` of `quantization.ranges`, or your own; options through
+            `functools.partial`. None is the moving average, which moves until ranges are frozen.
+        noise: rounding at random, or roundings dropped at random, in training.
 
     Raises:
-        ValueError: a number out of its range.
+        ValueError: a number out of its range, or a rule that cannot observe; it is tried on three values.
+        CompressError: a rule that gives no range.
     """
 
     momentum: float = 0.1
@@ -32,6 +39,8 @@ class Details:
     batch_norm_from: Moment | None = None
     outputs: bool = False
     compiled: bool = False
+    observer: RangeRule | None = None
+    noise: Noise = NO_NOISE
 
     def __post_init__(self) -> None:
         if not 0.0 < self.momentum <= 1.0:
@@ -40,6 +49,13 @@ class Details:
             raise ValueError(f"learning_rate of learned grids is positive, got {self.learning_rate}")
         for name in ("momentum", "learning_rate"):  # 1 and 1.0 are one recipe
             object.__setattr__(self, name, float(getattr(self, name)))
+        if self.observer is not None:
+            check_rule(self.observer)
+
+    @property
+    def average(self) -> float | None:
+        """The momentum with which ranges move; None where they widen until a rule makes them."""
+        return self.momentum if self.observer is None else None
 
     def resolved(self, total: int, rounding: int, freeze: int) -> tuple[int, float]:
         """Return the steps at which inputs begin to be rounded and batch norms are frozen.

@@ -13,11 +13,14 @@ from lightning_compress.errors import CheckpointMismatch, NothingToCompress
 from lightning_compress.quantization import doubts
 from lightning_compress.quantization.attach import FakeQuant, Phase, attach, channels_first, detach
 from lightning_compress.quantization.choosing import Grids, Recipe, check_grids
+from lightning_compress.quantization.details import Details
 from lightning_compress.quantization.fake import compiler_available
+from lightning_compress.quantization.gathered import Gathered
 from lightning_compress.quantization.grid import Range
 from lightning_compress.quantization.inputs import InputGrid
 from lightning_compress.quantization.learning import LearnedValues
 from lightning_compress.quantization.lowbit import Binary
+from lightning_compress.quantization.noise import noise_keys
 from lightning_compress.quantization.observers import move_ranges
 from lightning_compress.sharding import all_reduce_max
 
@@ -29,13 +32,13 @@ class QuantizedLayers:
 
     Args:
         recipe: the grids.
-        learning_rate: of what grids learn, as a fraction of its size.
+        details: learning rate of grids, the rule that makes ranges, noise.
     """
 
-    def __init__(self, recipe: Recipe, learning_rate: float) -> None:
-        self.recipe = recipe
+    def __init__(self, recipe: Recipe, details: Details) -> None:
+        self.recipe, self.noise = recipe, details.noise
         self.layers: dict[str, nn.Module] = {}
-        self.learned = LearnedValues(learning_rate)
+        self.learned, self.gathered = LearnedValues(details.learning_rate), Gathered(details.observer)
         self.clear()
 
     def clear(self) -> None:
@@ -43,6 +46,7 @@ class QuantizedLayers:
         self.extremes: dict[str, Tensor] = {}
         self.choices: dict[str, tuple[int, bool]] = {}
         self.learned.clear()
+        self.gathered.clear()
         self._at_rounding: dict[str, Tensor] = {}
         self._not_finite: dict[str, int] = {}
         self._not_finite_since: Tensor | None = None
@@ -57,6 +61,7 @@ class QuantizedLayers:
             ValueError: a pattern of the recipe matches none of them, or a grid cannot round one.
         """
         self.layers, self.choices = dict(layers), self.recipe.choices(module, layers)
+        self.noise.check({name: self.grids(name) for name in layers})
         learning = [self.grids(name) for name in layers if check_grids(name, layers[name], self.grids(name))]
         return learning[0] if learning else None
 
@@ -76,6 +81,9 @@ class QuantizedLayers:
             state = attach(layer, grids.weights, grids.inputs)
             state.compiled, state.keep_weight = compiled and compiler_available(device), keep_weight
             state.extremes = self.extremes.get(name, state.extremes).to(device, copy=True)
+            if grids.inputs is not None:
+                self.gathered.start(name, state)
+            state.noise = self.noise
             self.learned.move(name, device)
             self._use_learned(name, state)
 
@@ -111,6 +119,8 @@ class QuantizedLayers:
         if phase >= Phase.ROUND:
             self._check_finite(states)
         warnings = list(self._doubts(states, phase))
+        if phase >= Phase.ROUND and not inputs_wait:
+            self.gathered.settle(states)
         self.set_phase(phase, inputs_wait)
         if phase == Phase.FROZEN:
             self.learned.freeze()
@@ -143,6 +153,13 @@ class QuantizedLayers:
         for kind in ("weight", "input"):
             state.learn(kind, self.learned.of(name, kind))
 
+    def noise_at(self, step: int | None) -> None:
+        """Let layers that round draw this optimizer step's noise; None ends it. Runs around each training batch."""
+        for name, state in self.states.items() if self.noise.some else ():
+            state.keys = None
+            if step is not None and state.phase == Phase.ROUND:
+                state.keys = noise_keys(name, step, self.noise.seed).to(state.extremes.device)
+
     # After each optimizer step
 
     def after_step(self, optimizer: Optimizer) -> None:
@@ -160,7 +177,7 @@ class QuantizedLayers:
             self.learned.forget_stale_gradients(cleared)
 
     @torch.no_grad()
-    def fold(self, momentum: float, step: int) -> list[str]:
+    def fold(self, momentum: float | None, step: int) -> list[str]:
         """Move the ranges by what the step saw; return sentences to warn with. Runs once after each optimizer step."""
         states = self.states
         if not any(state.phase in (Phase.OBSERVE, Phase.ROUND) for state in states.values()):
@@ -175,6 +192,7 @@ class QuantizedLayers:
         for state, row in zip(states.values(), moved.unbind(), strict=True):
             state.extremes.copy_(row)
             state.pending = state.narrowest = None
+        self.gathered.fold(states)
         return self._note_not_finite(seen, step)
 
     # What looks wrong
@@ -244,7 +262,8 @@ class QuantizedLayers:
         """Return ranges, choices and learned values, as plain containers of tensors."""
         self.collect()
         choices = {name: [index, int(has_input)] for name, (index, has_input) in self.choices.items()}
-        return {"extremes": dict(self.extremes), "choices": choices, "learned": self.learned.state_dict()}
+        kept = {"learned": self.learned.state_dict(), "gathered": self.gathered.state_dict()}
+        return {"extremes": dict(self.extremes), "choices": choices, **kept}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what a checkpoint kept; layers that are attached take it up with `attach`."""
@@ -252,6 +271,7 @@ class QuantizedLayers:
         self.extremes = {name: extremes.float().cpu() for name, extremes in state["extremes"].items()}
         self.choices = {name: (int(index), bool(has)) for name, (index, has) in state["choices"].items()}
         self.learned.load_state_dict(state["learned"])
+        self.gathered.load_state_dict(state["gathered"])
 
     def check_known(self) -> None:
         """Raise if a checkpoint was of other layers. Runs at `on_train_start`.

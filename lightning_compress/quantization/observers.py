@@ -8,7 +8,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["move_ranges", "widen"]
+__all__ = ["flat_values", "move_ranges", "widen"]
+
+
+def flat_values(value: Tensor) -> Tensor:
+    """Return all values of a tensor in one dimension, without gradient; those of a nested one too.
+
+    >>> flat_values(torch.nested.nested_tensor([torch.zeros(2, 2), torch.ones(1, 2)], layout=torch.jagged))
+    tensor([0., 0., 0., 0., 1., 1.])
+    """
+    value = value.detach()
+    return torch.cat([row.flatten() for row in value.unbind()]) if value.is_nested else value.flatten()
 
 
 def widen(pending: Tensor | None, value: Tensor) -> Tensor:
@@ -21,12 +31,12 @@ def widen(pending: Tensor | None, value: Tensor) -> Tensor:
     """
     if value.numel() == 0:  # as a detector's layer gets when nothing was found
         return value.new_full((2,), float("-inf"), dtype=torch.float32) if pending is None else pending
-    low, high = torch.aminmax(value.detach())
+    low, high = torch.aminmax(flat_values(value) if value.is_nested else value.detach())
     seen = torch.stack([-low, high]).float()
     return seen if pending is None else torch.maximum(pending, seen)
 
 
-def move_ranges(ranges: Tensor, pending: Tensor, momentum: float) -> Tensor:
+def move_ranges(ranges: Tensor, pending: Tensor, momentum: float | None) -> Tensor:
     """Move each range towards what the last step saw. Runs once after each optimizer step while ranges are learned.
 
     `range += momentum * (seen - range)`; a range that was never set (NaN) takes the first sight as it is, and one
@@ -35,10 +45,13 @@ def move_ranges(ranges: Tensor, pending: Tensor, momentum: float) -> Tensor:
     Args:
         ranges: (layers, 2) of (-low, high), float32, NaN where nothing was seen yet.
         pending: (layers, 2) of (-low, high), -inf where a layer was not called.
-        momentum: weight of the newest step, in (0, 1].
+        momentum: weight of the newest step, in (0, 1]; None widens each range to all that was ever seen.
 
     >>> move_ranges(torch.tensor([[0.0, 1.0]]), torch.tensor([[0.0, 2.0]]), 0.5)
     tensor([[0.0000, 1.5000]])
+    >>> move_ranges(torch.tensor([[0.0, 3.0]]), torch.tensor([[1.0, 2.0]]), None)
+    tensor([[1., 3.]])
     """
-    moved = torch.where(torch.isnan(ranges), pending, torch.lerp(ranges, pending, momentum))
+    newer = torch.maximum(ranges, pending) if momentum is None else torch.lerp(ranges, pending, momentum)
+    moved = torch.where(torch.isnan(ranges), pending, newer)
     return torch.where(torch.isfinite(pending).all(dim=1, keepdim=True), moved, ranges)

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +18,16 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_compress.quantization import fake
 from lightning_compress.quantization.attach import Phase, fake_quantized
+from lightning_compress.quantization.gathered import Gathering
 from lightning_compress.quantization.grid import Range, input_grid
+from lightning_compress.quantization.histograms import count_values
 from lightning_compress.quantization.observers import widen
 from lightning_compress.quantization.placement import PlacedOutput
 from lightning_compress.sharding import clean_name
 
 __all__ = [
-    "OUTPUT_STATE", "HasExtremes", "OutputFakeQuant", "OutputRange", "Ranges", "attach_output", "detach_output",
-    "output_key", "outputs_of", "rounded_as_trained", "share_grids",
+    "OUTPUT_STATE", "OutputFakeQuant", "OutputRange", "Ranges", "attach_output", "detach_output", "output_key",
+    "outputs_of", "rounded_as_trained", "share_grids",
 ]  # fmt: skip
 
 OUTPUT_STATE = "_fake_quant_output"
@@ -81,7 +83,7 @@ def outputs_of(ranges: Ranges) -> tuple[dict[str, Range], dict[str, OutputRange]
 
 @dataclass
 class OutputFakeQuant:
-    """State of one module's output: `extremes`, `pending`, `phase` and `observed` mean what they do in `FakeQuant`."""
+    """State of one module's output: names mean what they do in `FakeQuant`."""
 
     bits: int = 8
     low: float = -math.inf
@@ -90,6 +92,8 @@ class OutputFakeQuant:
     compiled: bool = False
     extremes: Tensor = field(default_factory=lambda: torch.full((2,), float("nan")))
     pending: Tensor | None = None
+    counts: Tensor | None = None
+    settled: bool = False
     handles: list[RemovableHandle] = field(default_factory=list)
 
     @property
@@ -106,6 +110,12 @@ class OutputFakeQuant:
         """Return the pending extremes widened by a value, within the limits of what is read from it."""
         seen = widen(self.pending, value)
         return torch.stack([seen[0].clamp(-self.high, -self.low), seen[1].clamp(self.low, self.high)])
+
+    def note(self, value: Tensor) -> None:
+        """Take in what an output held, within the limits of what is read from it."""
+        self.pending = self.seen(value)
+        if self.counts is not None:
+            self.counts += count_values(value.detach().clamp(self.low, self.high))
 
     def rounded(self, value: Tensor) -> Tensor:
         """Return the fake-quantized output."""
@@ -126,8 +136,8 @@ def _after_forward(module: nn.Module, args: Any, output: Any) -> Any:
             f"rounding the output of a {type(module).__name__} needs it to be one tensor, got {type(output).__name__}; "
             "place it at the part whose output the tensor is"
         )
-    if state.phase in (Phase.OBSERVE, Phase.ROUND) and torch.is_grad_enabled():
-        state.pending = state.seen(output)
+    if state.phase in (Phase.OBSERVE, Phase.ROUND) and not state.settled and torch.is_grad_enabled():
+        state.note(output)
     return state.rounded(output) if state.phase >= Phase.ROUND else None
 
 
@@ -158,14 +168,8 @@ def detach_output(module: nn.Module) -> None:
         handle.remove()
 
 
-class HasExtremes(Protocol):
-    """What a layer's or an output's state has of a range: (-low, high)."""
-
-    extremes: Tensor
-
-
 def share_grids(
-    placed: Iterable[PlacedOutput], outputs: Mapping[str, OutputFakeQuant], inputs: Mapping[str, HasExtremes]
+    placed: Iterable[PlacedOutput], outputs: Mapping[str, OutputFakeQuant], inputs: Mapping[str, Gathering]
 ) -> None:
     """Give layers that read a rounded output its range. Runs after ranges have moved, once an optimizer step.
 
@@ -175,6 +179,7 @@ def share_grids(
         for reader in place.readers:
             if place.name in outputs and outputs[place.name].observed and reader in inputs:
                 inputs[reader].extremes.copy_(outputs[place.name].extremes)
+                inputs[reader].counts = None
 
 
 @contextmanager

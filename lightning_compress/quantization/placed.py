@@ -13,9 +13,9 @@ from lightning_compress.quantization import placement
 from lightning_compress.quantization.attach import QUANTIZABLE, Phase
 from lightning_compress.quantization.dataflow import Flow, watched
 from lightning_compress.quantization.fake import compiler_available
+from lightning_compress.quantization.gathered import Gathered, Gathering
 from lightning_compress.quantization.observers import move_ranges
 from lightning_compress.quantization.outputs import (
-    HasExtremes,
     OutputFakeQuant,
     OutputRange,
     attach_output,
@@ -24,6 +24,7 @@ from lightning_compress.quantization.outputs import (
     share_grids,
 )
 from lightning_compress.quantization.placement import PlacedOutput
+from lightning_compress.quantization.ranges import RangeRule
 from lightning_compress.sharding import all_reduce_max, clean_name
 
 __all__ = ["PlacedOutputs"]
@@ -34,10 +35,11 @@ class PlacedOutputs:
 
     Args:
         bits: width of the codes.
+        rule: makes their ranges, as those of inputs; None leaves them to the moving average.
     """
 
-    def __init__(self, bits: int = 8) -> None:
-        self.bits = bits
+    def __init__(self, bits: int = 8, rule: RangeRule | None = None) -> None:
+        self.bits, self.gathered = bits, Gathered(rule)
         self.places: tuple[PlacedOutput, ...] = ()
         self.parts: dict[str, nn.Module] = {}
         self.extremes: dict[str, Tensor] = {}
@@ -87,6 +89,7 @@ class PlacedOutputs:
             state = attach_output(part, self.bits, place.low, place.high)
             state.compiled = compiled and compiler_available(device)
             state.extremes = self.extremes.get(place.name, state.extremes).to(device, copy=True)
+            self.gathered.start(place.name, state)
 
     def detach(self) -> None:
         """Take everything off; ranges and places stay."""
@@ -102,6 +105,13 @@ class PlacedOutputs:
         """The state of each attached output."""
         return {name: attach_output(part) for name, part in self.parts.items()}
 
+    def enter(self, phase: Phase, inputs: Mapping[str, Gathering]) -> None:
+        """Set the phase in training; a rule's ranges are made when rounding begins, and go to their readers."""
+        if phase >= Phase.ROUND:
+            self.gathered.settle(self.states)
+        self.set_phase(phase)
+        share_grids(self.places, self.states, inputs)
+
     def set_phase(self, phase: Phase) -> None:
         """Set the phase of every output that has a range; the others go on observing until ranges are frozen."""
         without_range = Phase.OFF if phase == Phase.FROZEN else min(phase, Phase.OBSERVE)
@@ -109,7 +119,7 @@ class PlacedOutputs:
             state.phase = phase if phase <= Phase.OBSERVE or state.observed else without_range
 
     @torch.no_grad()
-    def fold(self, momentum: float, inputs: Mapping[str, HasExtremes]) -> None:
+    def fold(self, momentum: float | None, inputs: Mapping[str, Gathering]) -> None:
         """Move the ranges by what the step saw, and give readers the range of what they read.
 
         Runs once after each optimizer step, after the inputs' own ranges have moved; the same on every process.
@@ -123,6 +133,7 @@ class PlacedOutputs:
             for state, row in zip(states.values(), moved.unbind(), strict=True):
                 state.extremes.copy_(row)
                 state.pending = None
+            self.gathered.fold(states)
             share_grids(self.places, states, inputs)
 
     def collect(self) -> None:
@@ -142,7 +153,7 @@ class PlacedOutputs:
             return {}
         self.collect()
         places = [[place.name, place.low, place.high, list(place.readers)] for place in self.places]
-        return {"extremes": dict(self.extremes), "places": places}
+        return {"extremes": dict(self.extremes), "places": places, "gathered": self.gathered.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what a checkpoint kept; `attach` puts it on the module."""
@@ -150,4 +161,5 @@ class PlacedOutputs:
         if not state:
             return
         self.extremes = {name: row.float().cpu() for name, row in state["extremes"].items()}
+        self.gathered.load_state_dict(state["gathered"])
         self.places = tuple(PlacedOutput(n, low, high, tuple(readers)) for n, low, high, readers in state["places"])

@@ -14,9 +14,10 @@ from lightning_compress.pruning.calibration import evaluating, in_forward_order,
 from lightning_compress.pruning.hessians import RECONSTRUCTIBLE, Hessian, as_matrices, as_weight, watching
 from lightning_compress.pruning.reconstruction import output_error
 from lightning_compress.quantization.bias_correction import channel_means, correct_bias
-from lightning_compress.quantization.calibration import RangeRule, calibrate, calibrated_layers, min_max
+from lightning_compress.quantization.calibration import calibrate, calibrated_layers
 from lightning_compress.quantization.equalization import equalize
 from lightning_compress.quantization.grid import Range, check_bits
+from lightning_compress.quantization.ranges import RangeRule, min_max
 from lightning_compress.select import Pattern
 
 __all__ = ["Recipe", "Rounding", "quantize_post_training", "round_weights"]

@@ -1,248 +1,172 @@
-"""Ranges from what was seen: extremes, percentiles, and least mean square error, from histograms that add up.
-
-A histogram has the same bins whatever it counts, so that those of batches, calls and processes are joined by adding:
-128 bins an octave, from 2^-32 to 2^32, for either sign. Within a bin values count as spread evenly. Calibration runs
-without gradients, so nothing is recomputed and counted twice.
-"""
+"""Rules: the range of a layer's input from what was seen of it, after calibration or when training begins to round."""
 
 from __future__ import annotations
 
-import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from lightning_compress.quantization.scales import SMALLEST_SCALE, input_grid
+from lightning_compress.errors import CompressError
+from lightning_compress.quantization.histograms import BINS, count_values, quantile, rounding_error
+from lightning_compress.quantization.observers import flat_values, widen
+from lightning_compress.quantization.scales import input_grid
 
-__all__ = [
-    "BINS",
-    "count_values",
-    "join_extremes",
-    "least_error_range",
-    "least_error_scale",
-    "percentile_range",
-    "percentile_scale",
-    "require_counts",
-    "rounding_error",
-]
+__all__ = ["RangeRule", "Seen", "mean_square_error", "min_max", "moving_average", "percentile"]
+__all__ += ["check_rule", "range_by", "reads_counts"]
 
-OCTAVES, PER_OCTAVE, LOWEST_EXPONENT = 64, 128, -32
-ONE_SIGN = OCTAVES * PER_OCTAVE
-# Negative bins from the largest size down, one for zero, positive bins; the last counts infinities and NaN.
-BINS = 2 * ONE_SIGN + 2
-FIRST_CODE = (127 + LOWEST_EXPONENT) * PER_OCTAVE  # of a float32's exponent and first 7 bits of its mantissa
+CANDIDATES = 100
 
 
-def join_extremes(ranges: Tensor, pending: Tensor) -> Tensor:
-    """Widen each range to all that was ever seen: the min-max observer. Runs where `observers.move_ranges` would.
+@dataclass
+class Seen:
+    """What was seen of one layer's input, over batches and processes.
 
     Args:
-        ranges: (layers, 2) of (-low, high), float32, NaN where nothing was seen yet.
-        pending: (layers, 2) of (-low, high), -inf where a layer was not called; what is not finite changes nothing.
-
-    >>> join_extremes(torch.tensor([[0.0, 3.0]]), torch.tensor([[1.0, 2.0]]))
-    tensor([[1., 3.]])
+        extremes: (low, high), float32, of each call of a calibration; of a training, one of all calls together.
+        counts: (BINS,) int64, of `count_values`; zeros for a rule that does not read them.
     """
-    joined = torch.fmax(ranges, pending)
-    return torch.where(torch.isfinite(pending).all(dim=1, keepdim=True), joined, ranges)
+
+    extremes: list[Tensor] = field(default_factory=list)
+    counts: Tensor = field(default_factory=lambda: torch.zeros(BINS, dtype=torch.int64))
+
+    def add(self, value: Tensor, counted: bool = True) -> None:
+        """Note one call's input. Runs in each calibration forward."""
+        value = flat_values(value)
+        if value.numel() == 0:  # as a detector's layer gets when nothing was found
+            return
+        self.extremes.append(widen(None, value) * torch.tensor([-1.0, 1.0], device=value.device))
+        if counted:
+            self.counts = self.counts.to(value.device) + count_values(value)
 
 
-@torch.no_grad()
-def count_values(value: Tensor) -> Tensor:
-    """Return the histogram of a tensor. Runs in each forward of calibration.
+RangeRule = Callable[[Seen, int], tuple[float, float]]
 
-    Sizes below 2^-32 count as zero, those above 2^32 as the largest bin's.
+
+def min_max(seen: Seen, bits: int = 8) -> tuple[float, float]:
+    """Return the smallest and largest value seen: nothing is clipped. Runs once a layer, when all was seen.
+
+    >>> seen = Seen()
+    >>> seen.add(torch.tensor([-1.0, 3.0])), seen.add(torch.tensor([0.0, 9.0]))
+    (None, None)
+    >>> min_max(seen)
+    (-1.0, 9.0)
+    """
+    every = torch.stack(seen.extremes)
+    return float(every[:, 0].min()), float(every[:, 1].max())
+
+
+def moving_average(seen: Seen, bits: int = 8, momentum: float = 0.1) -> tuple[float, float]:
+    """Return extremes averaged over a calibration's batches as training does: `range += momentum (seen - range)`.
+
+    Jacob et al. 2018, section 3.1.
 
     Args:
-        value: any shape, floating point.
+        seen: at least one call.
+        bits: not used.
+        momentum: weight of the newest batch, in (0, 1].
 
-    Returns:
-        (BINS,) int64 on the value's device.
-
-    >>> int(count_values(torch.tensor([-1.0, 0.0, 2.0])).sum())
-    3
+    >>> seen = Seen()
+    >>> seen.add(torch.tensor([0.0, 1.0])), seen.add(torch.tensor([0.0, 2.0]))
+    (None, None)
+    >>> moving_average(seen, momentum=0.5)
+    (0.0, 1.5)
     """
-    wide = value.detach().float().flatten()
-    size = (wide.view(torch.int32) & 0x7FFFFFFF) >> 16
-    place = (size - (FIRST_CODE - 1)).clamp_(0, ONE_SIGN)
-    place = ONE_SIGN + torch.where(wide < 0, -place, place)
-    place = torch.where(torch.isfinite(wide), place, BINS - 1)
-    return torch.bincount(place, minlength=BINS)
+    average = seen.extremes[0]
+    for extremes in seen.extremes[1:]:
+        average = torch.lerp(average, extremes, momentum)
+    return float(average[0]), float(average[1])
 
 
-def require_counts(histogram: Tensor, name: str) -> Tensor:
-    """Return the histogram of a layer's input if a range can be taken from it. Runs when calibration ends.
-
-    Raises:
-        ValueError: it counted nothing, or an infinity or NaN.
-
-    >>> require_counts(count_values(torch.tensor([float("nan")])), "fc")
-    Traceback (most recent call last):
-    ValueError: calibration saw 1 of 1 values infinite or NaN at the input of 'fc'; look for a batch that ...
-    """
-    total, broken = int(histogram.sum()), int(histogram[-1])
-    if not total:
-        raise ValueError(
-            f"calibration saw no value at the input of '{name}'; pass batches that reach it, or exclude it"
-        )
-    if broken:
-        raise ValueError(
-            f"calibration saw {broken} of {total} values infinite or NaN at the input of '{name}'; look for a batch "
-            f"that is broken, or a model that overflows on it"
-        )
-    return histogram
-
-
-@functools.cache
-def _edges() -> tuple[Tensor, Tensor]:
-    """Lower and upper ends of all bins but the last, float64, ascending."""
-    place = torch.arange(ONE_SIGN + 1, dtype=torch.float64)
-    ends = 2.0 ** (LOWEST_EXPONENT + (place // PER_OCTAVE)) * (1 + (place % PER_OCTAVE) / PER_OCTAVE)
-    zero = torch.zeros(1, dtype=torch.float64)
-    low = torch.cat([-ends[1:].flip(0), zero, ends[:-1]])
-    return low, -low.flip(0)
-
-
-def _quantile(histogram: Tensor, share: float) -> Tensor:
-    low, high = (edge.to(histogram.device) for edge in _edges())
-    counts = histogram[:-1].double()
-    reached = counts.cumsum(0)
-    target = (share * reached[-1]).clamp_min(torch.finfo(torch.float64).tiny)
-    place = torch.searchsorted(reached, target).clamp_max(len(counts) - 1)
-    within = 1 - (reached[place] - target) / counts[place].clamp_min(1)
-    return low[place] + within * (high[place] - low[place])
-
-
-def percentile_range(histogram: Tensor, share: float = 0.9999) -> tuple[Tensor, Tensor]:
-    """Return the range that leaves out a part 1 - share of all values at either end. Runs when calibration ends.
+def percentile(seen: Seen, bits: int = 8, share: float = 0.9999) -> tuple[float, float]:
+    """Return the range that leaves out 1 - share of the values at either end, exact to a 128th of an end's size.
 
     McKinstry et al. 2018, "Discovering Low-Precision Networks Close to Full-Precision Networks", take 0.9999 and the
-    like. An end is exact to a 128th of its size.
+    like.
 
     Args:
-        histogram: (BINS,) int64, of `count_values`, summed over batches and processes.
-        share: in (0.5, 1]; 1 gives the outermost bins' ends.
-
-    Returns:
-        low and high, each () float32.
+        seen: at least one call.
+        bits: not used.
+        share: in (0.5, 1]; 1 is `min_max`.
 
     Raises:
-        ValueError: share out of range.
+        ValueError: `share` is out of its range.
 
-    >>> low, high = percentile_range(count_values(torch.linspace(-1, 3, 4001)), 0.75)
-    >>> round(low.item(), 2), round(high.item(), 2)
+    >>> seen = Seen()
+    >>> seen.add(torch.linspace(-1, 3, 4001))
+    >>> low, high = percentile(seen, share=0.75)
+    >>> round(low, 2), round(high, 2)
     (0.0, 2.0)
     """
     if not 0.5 < share <= 1.0:
         raise ValueError(f"share is the part of values below the range's high end, in (0.5, 1], got {share!r}")
-    return _quantile(histogram, 1.0 - share).float(), _quantile(histogram, share).float()
-
-
-def _integral(place: Tensor, low: Tensor, high: Tensor, scale: Tensor) -> Tensor:
-    """Integral from 0 to `place` of the squared error of clipping to [low, high] and rounding to multiples of scale."""
-    clipped = place.clamp(low, high)
-    steps = clipped / scale
-    whole = steps.round()
-    return scale**3 * (whole / 12 + (steps - whole) ** 3 / 3) + (place - clipped) ** 3 / 3
-
-
-def rounding_error(histogram: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
-    """Return the mean squared error of rounding what a histogram counted to affine grids, by integrals over its bins.
-
-    Args:
-        histogram: (BINS,) int64.
-        scale: (grids,) steps.
-        zero_point: (grids,) whole numbers, codes of 0.0.
-        bits: width of the unsigned code.
-
-    Returns:
-        (grids,) float64.
-
-    >>> rounding_error(count_values(torch.tensor([3.0])), torch.tensor([1.0]), torch.tensor([0.0]), 1) > 3.9
-    tensor([True])
-    """
-    used = histogram[:-1].nonzero().squeeze(1)
-    start, end = (edge.to(histogram.device)[used] for edge in _edges())
-    scale, zero_point = scale.double().unsqueeze(1), zero_point.double().unsqueeze(1)
-    low, high = -zero_point * scale, (2**bits - 1 - zero_point) * scale
-    area = _integral(end, low, high, scale) - _integral(start, low, high, scale)
-    counts = histogram[used].double()
-    # The bin of zero has no width, and no error.
-    return (area / (end - start).clamp_min(1e-300) * counts).sum(dim=1) / counts.sum().clamp_min(1)
-
-
-def least_error_range(histogram: Tensor, bits: int = 8, candidates: int = 100) -> tuple[Tensor, Tensor]:
-    """Return the range whose affine grid has the least mean squared error. Runs when calibration ends.
-
-    The outermost values' range is made smaller in `candidates` steps, at both ends at once, then at the low and the
-    high end alone. Banner et al. 2019, "Post Training 4-bit Quantization of Convolutional Networks", ask for the same
-    minimum under an assumed distribution; here it is the histogram's.
-
-    Args:
-        histogram: (BINS,) int64, of `count_values`, summed over batches and processes.
-        bits: width of the unsigned code.
-        candidates: tried at a time.
-
-    Returns:
-        low and high, each () float32.
-
-    >>> low, high = least_error_range(count_values(torch.tensor([0.0, 1.0, 2.0, 3.0] * 999 + [90.0])), 2)
-    >>> low.item(), high.item() < 10.0
-    (0.0, True)
-    """
-    low, high = percentile_range(histogram, 1.0)
-    low, high = low.clamp(max=0.0), high.clamp(min=0.0)
-    shares = torch.arange(1, candidates + 1, device=histogram.device, dtype=torch.float32) / candidates
-    ones = torch.ones_like(shares)
-    for lows, highs in ((shares, shares), (shares, ones), (ones, shares)):
-        grids = input_grid(low * lows, high * highs, bits)
-        best = rounding_error(histogram, *grids, bits).argmin()
-        low, high = low * lows[best], high * highs[best]
+    outermost = min_max(seen)  # which are known exactly
+    ends = (float(quantile(seen.counts, part)) for part in (1.0 - share, share))
+    low, high = outermost if share == 1.0 else (min(max(end, outermost[0]), outermost[1]) for end in ends)
     return low, high
 
 
-def percentile_scale(weight: Tensor, bits: int = 8, share: float = 0.9999) -> Tensor:
-    """Return symmetric scales of output channels that leave a part 1 - share of the largest weights to be clipped.
+def mean_square_error(seen: Seen, bits: int = 8) -> tuple[float, float]:
+    """Return the range whose rounding to `bits` has the least mean square error over the values seen.
 
-    Args:
-        weight: (out, ...), floating point.
-        bits: width of the code, sign included.
-        share: in (0, 1].
+    Searched: both ends shrunk together to k/100 of what was seen, then each end alone from there. Banner et al. 2019,
+    "Post Training 4-bit Quantization of Convolutional Networks", ask for this minimum under an assumed distribution.
 
-    Returns:
-        (out,) float32; 1 where a channel is all zero.
-
-    >>> percentile_scale(torch.tensor([[1.0, -2.0, 3.0, 400.0]]), bits=2, share=0.75)
-    tensor([3.])
+    >>> seen = Seen()
+    >>> seen.add(torch.cat([torch.linspace(0, 1, 1000), torch.tensor([10.0])]))
+    >>> low, high = mean_square_error(seen, 4)
+    >>> low, 5.0 < high < 8.0
+    (0.0, True)
     """
-    size = weight.detach().float().flatten(1).abs()
-    largest = size.kthvalue(max(round(share * size.shape[1]), 1), dim=1).values
-    return torch.where(largest > 0, (largest / (2 ** (bits - 1) - 1)).clamp_min(SMALLEST_SCALE), 1.0)
+    low, high = (torch.tensor(end, device=seen.counts.device) for end in min_max(seen))
+    low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+    # The widest first, so that it is kept where another is no better.
+    shares = torch.arange(CANDIDATES, 0, -1, device=low.device, dtype=torch.float32) / CANDIDATES
+    ones = torch.ones_like(shares)
+    for lows, highs in ((shares, shares), (shares, ones), (ones, shares)):
+        best = rounding_error(seen.counts, *input_grid(low * lows, high * highs, bits), bits).argmin()
+        low, high = low * lows[best], high * highs[best]
+    return float(low), float(high)
 
 
-def least_error_scale(weight: Tensor, bits: int = 8, candidates: int = 80) -> Tensor:
-    """Return the symmetric scale of each output channel whose rounding has the least squared error.
+def reads_counts(rule: RangeRule) -> bool:
+    """Say whether a rule may read `Seen.counts`, which take a pass over each input; a rule of your own may.
 
-    Tried are `candidates` parts of max |w| / (2^(bits-1) - 1), the largest first. Runs when weights begin to round.
-
-    Args:
-        weight: (out, ...), floating point.
-        bits: width of the code, sign included.
-        candidates: that are tried.
-
-    Returns:
-        (out,) float32; 1 where a channel is all zero.
-
-    >>> least_error_scale(torch.tensor([[1.0, -1.0, 1.0, 1.3]]), bits=2)
-    tensor([1.0725])
+    >>> reads_counts(min_max), reads_counts(percentile)
+    (False, True)
     """
-    rows, top = weight.detach().float().flatten(1), 2 ** (bits - 1) - 1
-    largest = percentile_scale(weight, bits, 1.0)
-    best, least = largest, torch.full_like(largest, float("inf"))
-    for part in range(candidates, 0, -1):
-        scale = (largest * (part / candidates)).clamp_min(SMALLEST_SCALE)
-        column = scale.unsqueeze(1)
-        rounded = (rows / column).round_().clamp_(-top, top).mul_(column)
-        error = (rounded - rows).square_().sum(dim=1)
-        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
-    return best
+    return getattr(rule, "func", rule) not in (min_max, moving_average)
+
+
+def range_by(rule: RangeRule, name: str, seen: Seen, bits: int) -> tuple[float, float]:
+    """Return the range that a rule makes of what one layer's input held. Runs once a layer, when all was seen.
+
+    Raises:
+        CompressError: the rule gave no finite low <= high; with the layer's name.
+
+    >>> range_by(lambda seen, bits: (1.0, 0.0), "fc", Seen([torch.tensor([0.0, 1.0])]), 8)
+    Traceback (most recent call last):
+    lightning_compress.errors.CompressError: the rule gave 'fc' the range (1.0, 0.0); expected finite low <= high
+    """
+    ends = rule(seen, bits)
+    if not all(map(math.isfinite, ends)) or ends[0] > ends[1]:
+        raise CompressError(f"the rule gave '{name}' the range {ends}; expected finite low <= high")
+    return ends
+
+
+def check_rule(rule: RangeRule) -> None:
+    """Raise if a rule cannot make ranges in training; it is tried on three values. Runs where options are made.
+
+    Raises:
+        ValueError: it is `moving_average`, which training has of its own, or an option of it is out of range.
+        CompressError: as `range_by`.
+
+    >>> check_rule(percentile)
+    """
+    if getattr(rule, "func", rule) is moving_average:
+        raise ValueError("observer=moving_average is what None means, and moves until ranges freeze; give its momentum")
+    seen = Seen()
+    seen.add(torch.tensor([-1.0, 0.0, 1.0]))
+    range_by(rule, "three values", seen, 8)

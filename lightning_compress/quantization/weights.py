@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_compress.quantization import fake
+from lightning_compress.quantization.noise import round_at_random
 from lightning_compress.quantization.scales import check_bits, weight_scale
 
 __all__ = ["Symmetric", "WeightGrid", "output_first"]
@@ -103,6 +104,12 @@ class Symmetric:
         if self.group == "channel":
             return fake.round_weight(weight, self.bits)
         return fake.round_weight(self._rows(weight), self.bits).view(weight.shape)
+
+    @torch.no_grad()
+    def values_at_random(self, weight: Tensor, noise: Tensor) -> Tensor:
+        """Return the weight rounded up or down by noise of its shape, without gradient (`noise.round_at_random`)."""
+        rows = self._rows(weight)
+        return round_at_random(rows, weight_scale(rows, self.bits), noise.view_as(rows), self.bits).view(weight.shape)
 
     def _rows(self, weight: Tensor) -> Tensor:
         """View a weight as (scales, entries that share one)."""

@@ -6,6 +6,7 @@ A row that cannot keep a promise says so, with the reason, in `excused`; a promi
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -30,6 +31,9 @@ from lightning_compress import (
     fake_quantized,
 )
 from lightning_compress.pruning.gates import HardConcrete
+from lightning_compress.quantization.details import Details
+from lightning_compress.quantization.noise import Noise
+from lightning_compress.quantization.ranges import percentile
 from tests.conformance.modules import Adversaries, LateSetup, Small
 from tests.conformance.running import Run
 from tests.learned_grids import Bounds as LearnedBounds
@@ -193,6 +197,7 @@ def structured(module: L.LightningModule) -> list[L.Callback]:
 
 # Quantization
 
+RULED = Details(observer=functools.partial(percentile, share=0.98), noise=Noise(weights=True))
 EXACTNESS = {torch.float32: 1e-5, torch.float64: 1e-5, torch.bfloat16: 2**-7}
 
 
@@ -250,6 +255,20 @@ def everything_learned(run: Run) -> dict[str, Tensor]:
 
 def learned_quantization(module: L.LightningModule) -> list[L.Callback]:
     return [QuantizationAwareTraining(LearnedStep(), LearnedBounds(), window=(2, 4, 10))]
+
+
+# Quantization whose ranges a rule makes, and whose weights are rounded at random
+
+
+def quantized_by_a_rule(run: Run) -> None:
+    quantized(run)
+    callback = run.of(QuantizationAwareTraining)
+    assert callback.quantized.gathered.settled == set(callback.ranges())
+    assert not callback.quantized.gathered.totals
+
+
+def ruled_quantization(module: L.LightningModule) -> list[L.Callback]:
+    return [QuantizationAwareTraining(window=(2, 4, 10), details=RULED)]
 
 
 # Distillation
@@ -377,6 +396,19 @@ ROWS: tuple[Row, ...] = (
         off=(lambda module: [QuantizationAwareTraining(LearnedStep(), LearnedBounds(), enabled=False)],),
         acted=quantized_as_learned,
         memory=everything_learned,
+        compressed=lambda run: fake_quantized(run.module, run.of(QuantizationAwareTraining).ranges()),
+        logs=frozenset({"compress/bits"}),
+        phases=4,
+        excused={"NaN weights are named": "it takes no decision from weights; the loss is NaN, as without it"},
+    ),
+    Row(
+        "quantization-ruled",
+        QuantizationAwareTraining,
+        make=ruled_quantization,
+        default=lambda module: [QuantizationAwareTraining(details=RULED)],
+        off=(lambda module: [QuantizationAwareTraining(details=RULED, enabled=False)],),
+        acted=quantized_by_a_rule,
+        memory=extremes,
         compressed=lambda run: fake_quantized(run.module, run.of(QuantizationAwareTraining).ranges()),
         logs=frozenset({"compress/bits"}),
         phases=4,

@@ -71,5 +71,25 @@ def test_what_moves_a_range(before, pending, after):
     torch.testing.assert_close(moved, torch.tensor([after, [4.0, 4.0]]), equal_nan=True)
 
 
+@pytest.mark.parametrize(
+    ("before", "pending", "after"),
+    [
+        ([NAN, NAN], [1.0, 2.0], [1.0, 2.0]),
+        ([0.0, 3.0], [1.0, 2.0], [1.0, 3.0]),
+        ([0.0, 1.0], [-INF, -INF], [0.0, 1.0]),
+        ([0.0, 1.0], [NAN, 5.0], [0.0, 1.0]),
+        ([0.0, 1.0], [0.0, INF], [0.0, 1.0]),
+    ],
+)
+def test_what_widens_a_range_without_momentum(before, pending, after):
+    joined = move_ranges(torch.tensor([before, [3.0, 3.0]]), torch.tensor([pending, [5.0, 1.0]]), None)
+    torch.testing.assert_close(joined, torch.tensor([after, [5.0, 3.0]]), equal_nan=True)
+
+
+def test_a_nested_tensor_shows_the_values_of_all_its_rows():
+    value = torch.nested.nested_tensor([torch.tensor([[-2.0, 0.0]]), torch.tensor([[1.0, 5.0]])], layout=torch.jagged)
+    assert widen(None, value).tolist() == [2.0, 5.0]
+
+
 def test_momentum_one_follows_the_last_step():
     assert move_ranges(torch.tensor([[9.0, 9.0]]), torch.tensor([[1.0, 2.0]]), 1.0).tolist() == [[1.0, 2.0]]

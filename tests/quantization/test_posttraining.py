@@ -15,13 +15,14 @@ from lightning_compress import CompressError, IncompatibleCallbacks, NothingToCo
 from lightning_compress.demo_data import load_fashion_mnist
 from lightning_compress.export.onnx import export_onnx, run_onnx
 from lightning_compress.quantization.bias_correction import channel_means, correct_bias
-from lightning_compress.quantization.calibration import calibrate, mean_square_error, percentile
+from lightning_compress.quantization.calibration import calibrate
 from lightning_compress.quantization.clipping import nearest
 from lightning_compress.quantization.equalization import equalize
 from lightning_compress.quantization.error_feedback import error_feedback
 from lightning_compress.quantization.fake import round_weight
 from lightning_compress.quantization.grid import Range
 from lightning_compress.quantization.posttraining import Recipe, quantize_post_training, round_weights
+from lightning_compress.quantization.ranges import mean_square_error, percentile
 from lightning_compress.quantization.rounding import adaptive_rounding
 
 

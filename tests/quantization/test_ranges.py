@@ -1,6 +1,8 @@
-"""Observers against numpy on the values themselves: counts, percentiles, and errors by rounding every value."""
+"""Rules against numpy on all values at once: percentiles, the least error of many ranges, averages."""
 
 from __future__ import annotations
+
+import functools
 
 import numpy as np
 import pytest
@@ -8,110 +10,81 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_compress.quantization.grid import input_grid, weight_scale
+from lightning_compress.errors import CompressError
+from lightning_compress.quantization.grid import input_grid
+from lightning_compress.quantization.histograms import count_values
 from lightning_compress.quantization.ranges import (
-    BINS,
-    count_values,
-    join_extremes,
-    least_error_range,
-    least_error_scale,
-    percentile_range,
-    percentile_scale,
-    require_counts,
-    rounding_error,
+    Seen,
+    check_rule,
+    mean_square_error,
+    min_max,
+    moving_average,
+    percentile,
+    reads_counts,
 )
+from tests.quantization.test_histograms import WIDTH, by_rounding, values
 
-quick = settings(max_examples=40, deadline=None)
-INF, NAN = float("inf"), float("nan")
-WIDTH = 1 / 128  # of a bin, as a part of its lower end
-
-
-@st.composite
-def values(draw):
-    """Values as layers see them: normal, after a ReLU, of heavy tails; of any size."""
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
-    kind, size = draw(st.sampled_from(["normal", "relu", "heavy"])), draw(st.sampled_from([1e-4, 1.0, 300.0]))
-    value = torch.randn(20_000, generator=generator)
-    value = {"normal": value, "relu": value.relu(), "heavy": value**3}[kind]
-    return value * size
+quick = settings(max_examples=25, deadline=None)
 
 
-@quick
-@given(values(), st.integers(1, 5))
-def test_histograms_of_parts_add_up_to_that_of_the_whole(value, parts):
-    whole = count_values(value)
-    assert whole.shape == (BINS,)
-    assert whole.sum() == value.numel()
-    assert torch.equal(sum(count_values(part) for part in value.chunk(parts)), whole)
-    middle, smallest = (BINS - 2) // 2, 2.0**-32
-    assert whole[middle] == (value.abs() < smallest).sum()
-    assert whole[:middle].sum() == (value <= -smallest).sum()
-    assert torch.equal(count_values(-value)[:-1], whole[:-1].flip(0))
+def seen_of(*batches: torch.Tensor) -> Seen:
+    seen = Seen()
+    for batch in batches:
+        seen.add(batch)
+    return seen
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_counts_of_other_dtypes_and_shapes(dtype):
-    value = torch.randn(3, 4, 5).to(dtype).transpose(0, 2)
-    assert torch.equal(count_values(value), count_values(value.float()))
-    assert count_values(torch.empty(0, 3, dtype=dtype)).sum() == 0
-
-
-def test_edges_of_what_is_counted():
-    histogram = count_values(torch.tensor([INF, -INF, NAN, 1e-40, -0.0, 1e38, -1e38]))
-    assert histogram[-1] == 3
-    assert histogram[(BINS - 2) // 2] == 2
-    assert (histogram[-2], histogram[0]) == (1, 1)
-
-
-def test_each_value_lies_in_its_bin():
-    for exponent in (-31, -3, 0, 7, 30):
-        value = 2.0**exponent * torch.linspace(1, 1.999, 50)
-        for single in torch.cat([value, -value]):
-            ends = [end.item() for end in percentile_range(count_values(single[None]), 1.0)]
-            assert ends[0] * (1 + 1e-6 * np.sign(-ends[0])) <= single.item() <= ends[1] * (1 + 1e-6 * np.sign(ends[1]))
-            assert abs(ends[1] - ends[0]) <= abs(single.item()) * WIDTH * 1.001
+def heavy_tailed(seed: int, size: int = 4000) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).standard_t(3, size).astype(np.float32))
 
 
 @quick
-@given(values(), st.sampled_from([0.75, 0.9, 0.99, 0.999, 1.0]))
-def test_percentiles_are_numpys_to_the_width_of_a_bin(value, share):
-    found = percentile_range(count_values(value), share)
-    for end, part in zip(found, (1 - share, share), strict=True):
-        assert end.dtype == torch.float32
-        array = np.sort(value.double().numpy())
-        # A neighbour on either side allows for the definition of a quantile between two values.
-        place = part * (len(array) - 1)
-        below, above = array[max(int(place) - 1, 0)], array[min(int(np.ceil(place)) + 1, len(array) - 1)]
-        slack = 1.01 * WIDTH * max(abs(below), abs(above))
-        assert below - slack <= end.item() <= above + slack
+@given(st.integers(0, 10_000), st.floats(0.0001, 0.2))
+def test_percentile_leaves_out_its_share_at_either_end(seed: int, out: float) -> None:
+    values = heavy_tailed(seed)
+    low, high = percentile(seen_of(*values.split(1000)), share=1 - out)
+    ordered = np.sort(values.numpy())
+    most = int(out * len(ordered) + 1e-6)
+    # A place on either side allows for the definition of a quantile between two values.
+    places = np.array([[most - 1, most + 1], [len(ordered) - 2 - most, len(ordered) - most]])
+    for end, (below, above) in zip((low, high), ordered[places.clip(0, len(ordered) - 1)], strict=True):
+        assert below - 1.01 * WIDTH * abs(below) <= end <= above + 1.01 * WIDTH * abs(above)
 
 
-def test_the_share_is_checked():
-    for share in (0.5, 1.5):
-        with pytest.raises(ValueError, match=r"in \(0.5, 1\], got"):
-            percentile_range(count_values(torch.ones(3)), share)
+def test_a_percentile_of_all_is_min_max() -> None:
+    seen = seen_of(heavy_tailed(0), heavy_tailed(1))
+    assert percentile(seen, share=1.0) == min_max(seen)
 
 
-def by_rounding(value, scale, zero_point, bits):
-    """Mean squared error of each value rounded and clipped, in double precision."""
-    array, scale, zero_point = value.double().numpy(), float(scale), float(zero_point)
-    codes = np.clip(np.round(array / scale), -zero_point, 2**bits - 1 - zero_point)
-    return np.mean((codes * scale - array) ** 2)
+def test_moving_average_is_that_of_training() -> None:
+    batches = [heavy_tailed(seed, 100) for seed in range(5)]
+    low, high = float(batches[0].min()), float(batches[0].max())
+    for batch in batches[1:]:
+        low, high = low + 0.1 * (float(batch.min()) - low), high + 0.1 * (float(batch.max()) - high)
+    assert moving_average(seen_of(*batches)) == pytest.approx((low, high), rel=1e-5)
 
 
-@quick
-@given(values(), st.integers(2, 8), st.floats(0.05, 1.5))
-def test_the_error_of_a_histogram_is_that_of_rounding_each_value(value, bits, share):
-    low, high = value.min() * share, value.max() * share
-    scale, zero_point = input_grid(low, high, bits)
-    got = rounding_error(count_values(value), scale[None], zero_point[None], bits).item()
-    assert got == pytest.approx(by_rounding(value, scale, zero_point, bits), rel=0.06)
+def test_what_is_seen_of_all_dtypes_shapes_and_layouts() -> None:
+    value = heavy_tailed(4, 240).view(2, 3, 40)
+    wanted = [(float(value.min()), float(value.max()))]
+    for other in (value, value.transpose(0, 2), value.double(), value.requires_grad_()):
+        seen = seen_of(other)
+        assert [tuple(ends.tolist()) for ends in seen.extremes] == wanted
+        assert torch.equal(seen.counts, count_values(value))
+        assert not seen.extremes[0].requires_grad
+    nested = torch.nested.nested_tensor([value[0].detach(), value[1, :2].detach()], layout=torch.jagged)
+    assert int(seen_of(nested).counts.sum()) == 200
+    assert seen_of(torch.zeros(0, 3)).extremes == []
+    uncounted = Seen()
+    uncounted.add(value, counted=False)
+    assert int(uncounted.counts.sum()) == 0
+    assert min_max(uncounted) == wanted[0]
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(values(), st.sampled_from([2, 3, 4, 8]))
 def test_the_range_of_least_error_is_as_good_as_a_search_over_all_values(value, bits):
-    low, high = least_error_range(count_values(value), bits)
+    low, high = map(torch.tensor, mean_square_error(seen_of(value), bits))
     got = by_rounding(value, *input_grid(low, high, bits), bits)
     parts = np.linspace(0.04, 1.0, 25)
     pairs = [(value.min() * a, value.max() * b) for a in parts for b in parts]
@@ -121,57 +94,35 @@ def test_the_range_of_least_error_is_as_good_as_a_search_over_all_values(value, 
     assert got <= whole * 1.02
 
 
-def test_the_range_of_zeros_is_empty():
-    low, high = least_error_range(count_values(torch.zeros(9)))
-    assert (low.item(), high.item()) == (0.0, 0.0)
+@pytest.mark.parametrize("rule", [min_max, moving_average, percentile, mean_square_error])
+def test_the_range_of_zeros_is_empty(rule) -> None:
+    assert rule(seen_of(torch.zeros(9)), 8) == (0.0, 0.0)
 
 
-def test_what_no_range_can_be_taken_from_is_named():
-    counted = count_values(torch.ones(2))
-    assert require_counts(counted, "fc") is counted
-    with pytest.raises(ValueError, match="saw no value at the input of 'fc'; pass batches"):
-        require_counts(count_values(torch.empty(0)), "fc")
-    with pytest.raises(ValueError, match="saw 2 of 3 values infinite or NaN at the input of 'fc'"):
-        require_counts(count_values(torch.tensor([NAN, INF, 0.0])), "fc")
+@settings(max_examples=8, deadline=None)
+@given(values(), st.sampled_from([percentile, mean_square_error]), st.integers(2, 5))
+def test_a_rule_does_not_see_how_often_all_was_counted(value, rule, times):
+    # as activation checkpointing counts twice what it computes twice
+    once, often = seen_of(value), seen_of(value)
+    often.counts *= times
+    assert rule(often, 4) == pytest.approx(rule(once, 4), rel=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("before", "pending", "after"),
-    [
-        ([NAN, NAN], [1.0, 2.0], [1.0, 2.0]),
-        ([0.0, 3.0], [1.0, 2.0], [1.0, 3.0]),
-        ([0.0, 1.0], [-INF, -INF], [0.0, 1.0]),
-        ([NAN, NAN], [-INF, -INF], [NAN, NAN]),
-        ([0.0, 1.0], [NAN, 5.0], [0.0, 1.0]),
-        ([0.0, 1.0], [0.0, INF], [0.0, 1.0]),
-    ],
-)
-def test_what_widens_a_range(before, pending, after):
-    joined = join_extremes(torch.tensor([before, [3.0, 3.0]]), torch.tensor([pending, [5.0, 1.0]]))
-    torch.testing.assert_close(joined, torch.tensor([after, [5.0, 3.0]]), equal_nan=True)
+def test_which_rules_read_counts() -> None:
+    rules = [min_max, moving_average, percentile, mean_square_error]
+    assert [reads_counts(rule) for rule in rules] == [False, False, True, True]
+    assert not reads_counts(functools.partial(moving_average, momentum=0.5))
+    assert reads_counts(lambda seen, bits: (0.0, 1.0))
 
 
-@quick
-@given(st.integers(0, 10**6), st.integers(2, 8))
-def test_weight_scales_of_least_error_against_a_loop(seed, bits):
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(3, 40, generator=generator) ** 3
-    weight[2] = 0.0
-    top = 2 ** (bits - 1) - 1
-    got = least_error_scale(weight, bits)
-    assert got.dtype == torch.float32
-    assert got[2] == 1.0
-    for row, scale in zip(weight[:2].double().numpy(), got[:2].double().numpy(), strict=True):
-        tried = np.abs(row).max() / top * np.arange(1, 81) / 80
-        errors = [np.sum((np.clip(np.round(row / s), -top, top) * s - row) ** 2) for s in tried]
-        mine = np.sum((np.clip(np.round(row / scale), -top, top) * scale - row) ** 2)
-        assert mine <= min(errors) * (1 + 1e-4)
-
-
-@quick
-@given(st.integers(0, 10**6), st.sampled_from([0.5, 0.9, 1.0]))
-def test_weight_scales_of_percentiles_against_a_sort(seed, share):
-    weight = torch.randn(3, 4, 10, generator=torch.Generator().manual_seed(seed))
-    want = np.sort(np.abs(weight.numpy().reshape(3, -1)), axis=1)[:, round(share * 40) - 1] / 7
-    np.testing.assert_allclose(percentile_scale(weight, 4, share).numpy(), want, rtol=1e-6)
-    assert torch.equal(percentile_scale(weight, 4, 1.0), weight_scale(weight, 4))
+def test_a_rule_that_cannot_observe_is_named_when_options_are_made() -> None:
+    for rule in (min_max, percentile, mean_square_error, functools.partial(percentile, share=0.9)):
+        check_rule(rule)
+    for rule in (moving_average, functools.partial(moving_average, momentum=0.5)):
+        with pytest.raises(ValueError, match=r"observer=moving_average is what None means.*give its momentum"):
+            check_rule(rule)
+    for share in (0.5, 1.5):
+        with pytest.raises(ValueError, match=r"in \(0.5, 1\], got"):
+            check_rule(functools.partial(percentile, share=share))
+    with pytest.raises(CompressError, match=r"gave 'three values' the range \(nan, 0.0\)"):
+        check_rule(lambda seen, bits: (float("nan"), 0.0))

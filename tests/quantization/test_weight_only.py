@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from lightning_compress import CompressError, NothingToCompress
-from lightning_compress.quantization.dynamic import dynamically_quantized, round_per_token
+from lightning_compress.quantization.dynamic import dynamically_quantized
+from lightning_compress.quantization.inputs import PerToken
 from lightning_compress.quantization.weight_only import group_codes, quantize_weights, round_groups
 
 
@@ -104,20 +105,6 @@ def test_bad_input_is_named_before_anything_changes() -> None:
 # Dynamic
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
-def test_each_token_is_rounded_on_its_own_grid(bits: int) -> None:
-    value = tokens()[0] * torch.logspace(-3, 3, 10).view(10, 1)
-    x = value.numpy().astype(np.float64)
-    low, high = np.minimum(x.min(-1, keepdims=True), 0), np.maximum(x.max(-1, keepdims=True), 0)
-    scale = (high - low) / (2**bits - 1)
-    zero = np.round(-low / scale)
-    expected = (np.clip(np.round(x / scale) + zero, 0, 2**bits - 1) - zero) * scale
-    got = round_per_token(value, bits).numpy()
-    assert (np.abs(got - expected) <= 1e-4 * scale).mean() > 0.999, "but for ties in float32"
-    assert round_per_token(value.bfloat16()).dtype == torch.bfloat16
-    assert round_per_token(torch.zeros(0, 3)).shape == (0, 3)
-
-
 def test_dynamic_quantization_is_near_float_whatever_the_sizes_of_tokens_and_leaves_nothing_behind() -> None:
     net, value = block(), tokens()[0] * torch.logspace(-2, 2, 10).view(10, 1)
     with torch.no_grad():
@@ -127,7 +114,8 @@ def test_dynamic_quantization_is_near_float_whatever_the_sizes_of_tokens_and_lea
             by_name = net[0](input=value)
         assert torch.equal(net(value), wanted)
         scale = net[0].weight.abs().amax(1, keepdim=True) / 127
-        rounded = round_per_token(value) @ ((net[0].weight / scale).round() * scale).T + net[0].bias
+        by_token = PerToken(8, symmetric=False).rounded(value, value.min(), value.max(), {})
+        rounded = by_token @ ((net[0].weight / scale).round() * scale).T + net[0].bias
     assert 0 < (got - wanted).norm() / wanted.norm() < 0.02
     torch.testing.assert_close(by_name, rounded)
     assert not any(layer._forward_pre_hooks or "weight" in layer.__dict__ for layer in net)
