@@ -29,6 +29,8 @@ from lightning_compress.cli import COMMANDS, main
 from lightning_compress.quantization.choosing import grids_of
 from lightning_compress.quantization.details import Details
 from lightning_compress.quantization.inputs import PerToken
+from lightning_compress.quantization.noise import Noise
+from lightning_compress.quantization.ranges import percentile
 from lightning_compress.quantization.weights import Symmetric
 from tests import user_project
 
@@ -155,6 +157,12 @@ OPTIONS = [
         {"details": {"momentum": 0.5, "inputs_from": 20, "batch_norm_from": 0.8}},
         "details",
         Details(0.5, inputs_from=20, batch_norm_from=0.8),
+    ),
+    (
+        "QuantizationAwareTraining",
+        {"details": {"observer": f"{GRIDS}.ranges.percentile", "noise": {"weights": True, "inputs": 0.5}}},
+        "details",
+        Details(observer=percentile, noise=Noise(True, 0.5)),
     ),
     ("Distillation", {"teacher": "folder/some.ckpt"}, "source", "folder/some.ckpt"),
     ("Distillation", {"teacher": CHECKPOINT}, "source", TeacherCheckpoint("other.ckpt", user_project.Net)),
