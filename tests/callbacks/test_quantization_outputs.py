@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from lightning_compress import Details, QuantizationAwareTraining, export_onnx, 
 from lightning_compress.export.onnx import kernel_counts, run_onnx
 from lightning_compress.export.verify import sqnr_db
 from lightning_compress.quantization.outputs import OUTPUT_STATE, output_key
+from lightning_compress.quantization.ranges import RangeRule, min_max, percentile
 
 STEPS, EPOCH = 16, 1
 
@@ -105,6 +107,26 @@ def test_a_resumed_run_is_the_uninterrupted_one(at: int, tmp_path: Path) -> None
     assert again.ranges() == whole.ranges()
     for name, value in expected.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+def test_a_rule_makes_the_ranges_of_outputs_and_their_readers_before_anything_is_rounded(tmp_path: Path) -> None:
+    rule, path = functools.partial(percentile, share=0.9), tmp_path / "at.ckpt"
+
+    def fresh(observer: RangeRule) -> QuantizationAwareTraining:
+        return QuantizationAwareTraining(window=(2, 4, 12), details=Details(outputs=True, observer=observer))
+
+    whole, widest, again = fresh(rule), fresh(min_max), fresh(rule)
+    expected, _ = fit(tmp_path, whole, StopAt(3, path))
+    resumed, _ = fit(tmp_path, again, ckpt_path=path)
+    fit(tmp_path, widest)
+    assert again.ranges() == whole.ranges()
+    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in expected.state_dict().items())
+    assert whole.outputs.places
+    for place in whole.outputs.places:
+        trained = whole.ranges()[output_key(place.name)]
+        assert trained.high < 0.9 * widest.ranges()[output_key(place.name)].high
+        for reader in place.readers:
+            assert (whole.ranges()[reader].low, whole.ranges()[reader].high) == (trained.low, trained.high)
 
 
 def test_an_exception_leaves_no_hook(tmp_path: Path) -> None:
