@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_compress.errors import CompressError
 from lightning_compress.export.kernels import int8_report
-from lightning_compress.export.onnx import export_onnx, kernel_counts, run_onnx
+from lightning_compress.export.onnx import export_onnx, kernel_counts, onnx_session, run_onnx
 from lightning_compress.export.profiles import profile_named
 from lightning_compress.export.verify import sqnr_db
 from lightning_compress.quantization.attach import Phase
@@ -196,3 +196,14 @@ def test_outputs_with_errors_are_named(residual: nn.Module, ranges: Ranges, tmp_
         refused("attached to '6.bn2'", CompressError)
     finally:
         residual[6].bn2.__dict__.pop("_fake_quant_output").handles[0].remove()
+
+
+def test_sums_of_large_codes_do_not_overflow(tmp_path: Path) -> None:
+    """255 * 127 twice is beyond 16 bits, in which x86 processors without VNNI add by default."""
+    layer = nn.Sequential(nn.Linear(64, 16, bias=False))
+    with torch.no_grad():
+        layer[0].weight.fill_(1.0)
+    ones = torch.ones(8, 64)
+    path = export_onnx(layer, tmp_path / "sums.onnx", (ones,), ranges={"0": Range(0.0, 1.0)})
+    assert run_onnx(path, ones.numpy())[0] == pytest.approx(64.0, rel=1e-6)
+    assert onnx_session(path).get_session_options().get_session_config_entry("session.x64quantprecision") == "1"
