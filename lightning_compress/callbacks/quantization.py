@@ -261,8 +261,8 @@ class QuantizationAwareTraining(L.Callback):
         self._thaw()
         if self.enabled and self.clock.steps != self._folded_at:
             self._folded_at = self.clock.steps
-            self._warn(self.quantized.fold(self.details.momentum, self.clock.steps))
-            self.outputs.fold(self.details.momentum, self.quantized.states)
+            self._warn(self.quantized.fold(self.details.momentum, self.clock.steps, self.outputs.states.values()))
+            self.outputs.share(self.quantized.states)
             self._enter_phase(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
