@@ -193,7 +193,7 @@ def affine_cases(draw):
 
 
 def lsq_plus_by_the_paper(value, step, shift, lowest, top, upstream):
-    """Bhalgat et al. 2020, section 3.1, for codes from `lowest`, counted from the offset."""
+    """Bhalgat et al. 2020, for codes from `lowest`, counted from the offset."""
     v = positions(value, step, shift)
     inside = (v > lowest) & (v < lowest + top)
     code = v.clamp(lowest, lowest + top).round()
