@@ -68,6 +68,11 @@ class QuantizedLayers:
         """The layers whose grid has no zero, so that pruned weights would come back."""
         return [name for name in self.layers if isinstance(self.grids(name).weights, Binary)]
 
+    @property
+    def by_channel(self) -> list[str]:
+        """The layers whose weights' grid learns more than single numbers, such as a step of each output channel."""
+        return [name for name, layer in self.layers.items() if _learns_by_channel(layer, self.grids(name))]
+
     def attach(self, compiled: bool, keep_weight: bool) -> None:
         """Attach to every layer, switched off, with the ranges and learned values that are there already."""
         for name, layer in self.layers.items():
@@ -260,6 +265,11 @@ class QuantizedLayers:
                 f"the checkpoint has a range for '{unknown[0]}', which this model's selection does not contain; resume "
                 f"with the model and include/exclude that made it"
             )
+
+
+def _learns_by_channel(layer: nn.Module, grids: Grids) -> bool:
+    start = grids.weights.learned(channels_first(layer, layer.get_parameter("weight").detach()))
+    return any(value.dim() > 0 for value in start.values())
 
 
 def _called_twice(state: FakeQuant) -> bool:

@@ -134,9 +134,9 @@ def adam_step(values: Sequence[Tensor], moments: Sequence[Tensor]) -> list[Tenso
     # 1 - beta^count, exact in float32 for a small count too
     bias, square_bias = (-torch.expm1(count * math.log(beta)) for beta in BETAS)
     change = rate * (first / bias) / ((second / square_bias).sqrt() + EPSILON)
-    for value, part in zip(values, change.split(sizes), strict=True):
+    for value, part in zip(values, torch.split(change, sizes), strict=True):
         value.sub_(part.view_as(value))
-    return list(together.split(sizes, dim=1))
+    return list(torch.split(together, sizes, dim=1))
 
 
 @torch.no_grad()
