@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +19,12 @@ from torch.utils.hooks import RemovableHandle
 from lightning_compress.quantization import fake
 from lightning_compress.quantization.attach import Phase, fake_quantized
 from lightning_compress.quantization.grid import Range, input_grid
-from lightning_compress.quantization.observers import widen
+from lightning_compress.quantization.observers import Observing, widen
 from lightning_compress.quantization.placement import PlacedOutput
 from lightning_compress.sharding import clean_name
 
 __all__ = [
-    "OUTPUT_STATE", "HasExtremes", "OutputFakeQuant", "OutputRange", "Ranges", "attach_output", "detach_output",
+    "OUTPUT_STATE", "OutputFakeQuant", "OutputRange", "Ranges", "attach_output", "detach_output",
     "output_key", "outputs_of", "rounded_as_trained", "share_grids",
 ]  # fmt: skip
 
@@ -158,14 +158,8 @@ def detach_output(module: nn.Module) -> None:
         handle.remove()
 
 
-class HasExtremes(Protocol):
-    """What a layer's or an output's state has of a range: (-low, high)."""
-
-    extremes: Tensor
-
-
 def share_grids(
-    placed: Iterable[PlacedOutput], outputs: Mapping[str, OutputFakeQuant], inputs: Mapping[str, HasExtremes]
+    placed: Iterable[PlacedOutput], outputs: Mapping[str, OutputFakeQuant], inputs: Mapping[str, Observing]
 ) -> None:
     """Give layers that read a rounded output its range. Runs after ranges have moved, once an optimizer step.
 
