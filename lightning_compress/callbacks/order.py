@@ -12,10 +12,12 @@ from typing import Protocol, runtime_checkable
 
 from lightning.pytorch.callbacks import ModelPruning
 
+from lightning_compress.callbacks.timetable import Timetable
 from lightning_compress.errors import IncompatibleCallbacks
+from lightning_compress.pruning.channels import Removal
 from lightning_compress.quantization.layers import QuantizedLayers
 
-__all__ = ["Claim", "Claiming", "check_claims", "check_together", "check_zeros"]
+__all__ = ["Claim", "Claiming", "check_channels", "check_claims", "check_together", "check_zeros"]
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,18 @@ class Claiming(Protocol):
 
 @runtime_checkable
 class Quantizing(Protocol):
-    """A callback that rounds layers."""
+    """A callback that rounds layers; at which optimizer steps it begins to observe and to round, and freezes ranges."""
 
     quantized: QuantizedLayers
+    steps: tuple[int, int, int]
+
+
+@runtime_checkable
+class Removing(Claiming, Protocol):
+    """A callback that takes channels out of layers, the last ones when its window ends."""
+
+    removal: Removal
+    times: Timetable
 
 
 def check_zeros(claims: Iterable[Claim], without_zero: Iterable[str]) -> None:
@@ -60,6 +71,34 @@ def check_zeros(claims: Iterable[Claim], without_zero: Iterable[str]) -> None:
             raise IncompatibleCallbacks(
                 f"{claim.owner} prunes {shared[0]}, which Binary rounds to -s and s: without a zero, pruned weights "
                 f"would come back; give '{layer}' Ternary in per_layer, or exclude it in one of the two callbacks"
+            )
+
+
+def check_channels(removed: Iterable[Claim], last: int, by_channel: Iterable[str], rounding: int) -> None:
+    """Raise if channels go when a grid learns a value for each of them: they could not go with its values.
+
+    Args:
+        removed: whose weights lose channels.
+        last: the optimizer step after which the last ones go.
+        by_channel: names of layers whose weights' grid learns such values.
+        rounding: the optimizer step after which it begins to.
+
+    >>> claim = Claim("StructuredPruning", "prune", frozenset({"a.weight"}))
+    >>> check_channels([claim], 5, ["a"], 6)
+    >>> check_channels([claim], 6, ["a"], 6)
+    Traceback (most recent call last):
+    ...
+    lightning_compress.errors.IncompatibleCallbacks: StructuredPruning takes channels out of 'a' until step 6, but its \
+grid learns a value for each of them from step 6 on; end the pruning's window before that step, round later, or give \
+'a' another grid in per_layer, such as LSQ(per_channel=False)
+    """
+    for claim in removed:
+        layer = next((name for name in sorted(by_channel) if f"{name}.weight" in claim.names), None)
+        if layer is not None and last >= rounding:
+            raise IncompatibleCallbacks(
+                f"{claim.owner} takes channels out of '{layer}' until step {last}, but its grid learns a value for "
+                f"each of them from step {rounding} on; end the pruning's window before that step, round later, or "
+                f"give '{layer}' another grid in per_layer, such as LSQ(per_channel=False)"
             )
 
 
@@ -91,15 +130,18 @@ def check_together(callbacks: Iterable[object]) -> None:
     """Raise if callbacks of this run cannot meet. Runs when each callback knows its targets.
 
     Raises:
-        IncompatibleCallbacks: two of ours claim the same, a pruned weight is binarized, or Lightning's ModelPruning is
-            in the list as well.
+        IncompatibleCallbacks: two of ours claim the same, a pruned weight is binarized, channels go that a grid learns
+            values for, or Lightning's ModelPruning is in the list as well.
     """
     listed = list(callbacks)
     claims = [claim for callback in listed if isinstance(callback, Claiming) for claim in callback.claims()]
     check_claims(claims)
+    removing = [callback for callback in listed if isinstance(callback, Removing) and callback.removal.times]
     for callback in listed:
         if isinstance(callback, Quantizing):
             check_zeros(claims, callback.quantized.without_zero)
+            for other in removing:
+                check_channels(other.claims(), other.times.end, callback.quantized.by_channel, callback.steps[1])
     if any(isinstance(callback, ModelPruning) for callback in listed) and any(c.action != "distil" for c in claims):
         raise IncompatibleCallbacks(
             "Lightning's ModelPruning renames parameters while it trains, so nothing else can prune or quantize them; "

@@ -89,7 +89,7 @@ class QuantizationAwareTraining(L.Callback):
         self.details, self.enabled = details or Details(), enabled
         self.clock = Clock()
         self.quantized = QuantizedLayers(Recipe(grids, tuple(self.per_layer.items())), self.details)
-        self._steps, self._inputs_at, self._norms_at = (0, 0, 0), 0, float("inf")
+        self.steps, self._inputs_at, self._norms_at = (0, 0, 0), 0, float("inf")
         self._phase: tuple[Phase, bool] | None = None
         self._frozen_norms: list[nn.Module] = []
         self.outputs, self._folded_at = PlacedOutputs(rule=self.details.observer), 0
@@ -143,8 +143,8 @@ class QuantizationAwareTraining(L.Callback):
         if stage == "fit":
             late = (self.details.inputs_from, self.details.batch_norm_from)
             total = run_length(trainer, (*self.window, *(moment for moment in late if moment is not None)))
-            self._steps = resolve_window(self.window, total, ("observe", "round", "freeze"))  # type: ignore[assignment]
-            self._inputs_at, self._norms_at = self.details.resolved(total, *self._steps[1:])
+            self.steps = resolve_window(self.window, total, ("observe", "round", "freeze"))  # type: ignore[assignment]
+            self._inputs_at, self._norms_at = self.details.resolved(total, *self.steps[1:])
         learning = self.quantized.choose(pl_module, select_quantizable(pl_module, self.include, self.exclude))
         if learning and stage == "fit" and getattr(trainer.precision_plugin, "scaler", None) is not None:
             raise ValueError(
@@ -223,7 +223,7 @@ class QuantizationAwareTraining(L.Callback):
     # Phases and ranges
 
     def _enter_phase(self, trainer: L.Trainer) -> None:
-        phase = Phase(sum(self.clock.steps >= moment for moment in self._steps))
+        phase = Phase(sum(self.clock.steps >= moment for moment in self.steps))
         entered = (phase, phase == Phase.ROUND and self.clock.steps < self._inputs_at)
         # In ROUND, a layer that is called for the first time starts rounding once it has a range.
         if entered == self._phase and not (phase == Phase.ROUND and self.quantized.some_wait):
@@ -260,8 +260,8 @@ class QuantizationAwareTraining(L.Callback):
         self._thaw()
         if self.enabled and self.clock.steps != self._folded_at:
             self._folded_at = self.clock.steps
-            self._warn(self.quantized.fold(self.details.average, self.clock.steps))
-            self.outputs.fold(self.details.average, self.quantized.states)
+            self._warn(self.quantized.fold(self.details.average, self.clock.steps, self.outputs.states.values()))
+            self.outputs.share(self.quantized.states)
             self._enter_phase(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

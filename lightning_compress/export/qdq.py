@@ -122,11 +122,18 @@ class _Inserter:
         return node
 
     def dequantized(self, name: str, node: ir.Node, codes: np.ndarray, scale: Tensor, axis: int) -> ir.Value:
-        """Return stored codes as floats. Zero points that could be left out stay: without them no QGemm is made."""
-        constant = self.editor.constant
+        """Return stored codes as floats. Zero points that could be left out stay: without them no QGemm is made.
+
+        No two nodes read one value: where ONNX Runtime (1.31) makes codes unsigned, it takes each to be of one node. So
+        what another node has read already goes through a reshape, which is no second copy in the file.
+        """
+        constant, add = self.editor.constant, self.editor.before(node)
         stored, step = constant(f"{name}:int", codes), constant(f"{name}:scale", scale.numpy())
-        zero = constant(f"zeros:{codes.dtype}x{len(scale)}", np.zeros(len(scale), codes.dtype))
-        return self.editor.before(node)("DequantizeLinear", f"{name}:float", stored, step, zero, axis=axis)
+        zero = constant(f"{name}:zero_point", np.zeros(len(scale), codes.dtype))
+        if stored.uses() and self.profile.rewritten:
+            stored = add("Reshape", f"{name}:int:again", stored, self.shape(*codes.shape))
+            zero = add("Reshape", f"{name}:zero_point:again", zero, self.shape(len(scale)))
+        return add("DequantizeLinear", f"{name}:float", stored, step, zero, axis=axis)
 
     def as_gemm(self, name: str, matmul: ir.Node) -> ir.Node:
         """Return x @ W (+ b) with more than two dimensions as a Gemm between two reshapes.
@@ -163,10 +170,14 @@ class _Inserter:
         """Return constant sizes."""
         return self.editor.constant(f"shape:{'x'.join(map(str, sizes))}", np.array(sizes, np.int64))
 
-    def free_of_relu(self, node: ir.Node) -> None:
-        """Write a ReLU after the node as Max(x, 0) where its result stays float.
+    def codes_begin_at_zero(self, rounding: ir.Node) -> bool:
+        """Whether a QuantizeLinear has no code of a negative value."""
+        return int(array_of(input_of(rounding, 2))) == -self.profile.offset
 
-        ONNX Runtime (1.31) makes no integer kernel of a node whose Relu does not end in one code.
+    def free_of_relu(self, node: ir.Node) -> None:
+        """Write a ReLU after the node as Max(x, 0) where its result stays float, or has codes of negative values.
+
+        ONNX Runtime (1.31) makes no integer kernel of a node whose Relu does not end in one code that clips as it does.
         """
         relu = only_reader(node.outputs[0])
         if relu is None or relu.op_type != "Relu":
@@ -174,7 +185,8 @@ class _Inserter:
         reader = only_reader(relu.outputs[0])
         while reader is not None and reader.op_type in MOVED_BEHIND_ROUNDING:
             reader = only_reader(reader.outputs[0])
-        if reader is None or reader.op_type != "QuantizeLinear":
+        clips = reader is not None and reader.op_type == "QuantizeLinear" and self.codes_begin_at_zero(reader)
+        if not clips:
             zero = self.editor.constant("relu:zero", np.float32(0))
             maximum = self.editor.before(relu)("Max", f"{relu.name}:max", input_of(relu, 0), zero)
             self.editor.replace(relu, maximum)

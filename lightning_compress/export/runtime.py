@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 __all__ = ["kernel_counts", "onnx_session", "require", "run_onnx"]
 
 ERRORS_ONLY = 3  # ONNX Runtime's severity; its warnings go past Python's
+# On x86 without VNNI, products of unsigned and signed codes are added in 16 bits, which overflow; this makes both
+# unsigned, which do not, and are as fast. Elsewhere it changes nothing.
+EXACT_PRODUCTS = "session.x64quantprecision"
 
 
 def require(*packages: str) -> None:
@@ -34,7 +37,10 @@ def require(*packages: str) -> None:
 def onnx_session(
     path: str | Path, threads: int = 1, *, optimized: Path | None = None, layouts: bool = True
 ) -> onnxruntime.InferenceSession:
-    """Open an ONNX file for the CPU, on `threads` threads.
+    """Open an ONNX file for the CPU, on `threads` threads, with integer sums that never overflow.
+
+    A session of your own needs `add_session_config_entry("session.x64quantprecision", "1")` for that on processors
+    without VNNI (before Intel's Ice Lake and AMD's Zen 4): by default their int8 sums overflow and answers change.
 
     Args:
         path: the file.
@@ -55,6 +61,7 @@ def onnx_session(
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = ERRORS_ONLY
+    options.add_session_config_entry(EXACT_PRODUCTS, "1")
     if not layouts:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     if optimized is not None:

@@ -27,7 +27,7 @@ def _unit_slopes(value: Tensor, top: int) -> tuple[Tensor]:
 def unit_steps(value: Tensor, bits: int) -> Tensor:
     """Round to `round((2^bits - 1) x) / (2^bits - 1)` of x clipped to [0, 1]; gradient 1 there. Runs in each forward.
 
-    Zhou et al. 2016, "DoReFa-Net", equation 5; same shape and dtype.
+    Zhou et al. 2016, "DoReFa-Net", section 2.2; same shape and dtype.
 
     >>> unit_steps(torch.tensor([-1.0, 0.3, 9.0]), 2)
     tensor([0.0000, 0.3333, 1.0000])
@@ -50,7 +50,7 @@ def _normal(weight: Tensor) -> Tensor:
 class DoReFaWeights:
     """Weights on 2^bits levels in [-1, 1] after tanh and division by its largest. Zhou et al. 2016, "DoReFa-Net".
 
-    Equation 9: `2 q(tanh(w) / (2 max |tanh(w)|) + 1/2) - 1`, q of `unit_steps` with the gradient straight through it,
+    Section 2.3: `2 q(tanh(w) / (2 max |tanh(w)|) + 1/2) - 1`, q of `unit_steps` with the gradient straight through it,
     and the true gradient of the rest, its maximum included. The layer's weights change their size, so a norm has to
     follow it. The levels leave out 0; weights that are exactly 0 stay 0 all the same, as a further code.
 
@@ -90,7 +90,7 @@ class DoReFaWeights:
 
 @dataclass(frozen=True)
 class DoReFaInputs:
-    """Inputs clipped to [0, 1] and rounded to 2^bits levels there. Zhou et al. 2016, "DoReFa-Net", section 2.5.
+    """Inputs clipped to [0, 1] and rounded to 2^bits levels there. Zhou et al. 2016, "DoReFa-Net", section 2.4.
 
     For layers after an activation that is bounded like that; the observed range plays no part.
 

@@ -55,10 +55,10 @@ class Gathered:
         self.totals: dict[str, Tensor] = {}
         self.settled: set[str] = set()
 
-    def start(self, name: str, state: Gathering) -> None:
+    def start(self, name: str, state: Gathering, counting: bool = True) -> None:
         """Let a state count from now on, unless its range is made already. Runs when it is attached."""
         state.settled = name in self.settled
-        counts = self.counted and not state.settled
+        counts = self.counted and counting and not state.settled
         state.counts = torch.zeros(BINS, dtype=torch.int64, device=state.extremes.device) if counts else None
 
     @torch.no_grad()

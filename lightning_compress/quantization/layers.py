@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,8 +21,7 @@ from lightning_compress.quantization.inputs import InputGrid
 from lightning_compress.quantization.learning import LearnedValues
 from lightning_compress.quantization.lowbit import Binary
 from lightning_compress.quantization.noise import noise_keys
-from lightning_compress.quantization.observers import move_ranges
-from lightning_compress.sharding import all_reduce_max
+from lightning_compress.quantization.observers import Observing, fold_extremes
 
 __all__ = ["QuantizedLayers"]
 
@@ -45,8 +44,7 @@ class QuantizedLayers:
         """Forget what was observed and learned; for a fresh run with the same object."""
         self.extremes: dict[str, Tensor] = {}
         self.choices: dict[str, tuple[int, bool]] = {}
-        self.learned.clear()
-        self.gathered.clear()
+        self.learned.clear(), self.gathered.clear()
         self._at_rounding: dict[str, Tensor] = {}
         self._not_finite: dict[str, int] = {}
         self._not_finite_since: Tensor | None = None
@@ -74,6 +72,11 @@ class QuantizedLayers:
         """The layers whose grid has no zero, so that pruned weights would come back."""
         return [name for name in self.layers if isinstance(self.grids(name).weights, Binary)]
 
+    @property
+    def by_channel(self) -> list[str]:
+        """The layers whose weights' grid learns more than single numbers, such as a step of each output channel."""
+        return [name for name, layer in self.layers.items() if _learns_by_channel(layer, self.grids(name))]
+
     def attach(self, compiled: bool, keep_weight: bool) -> None:
         """Attach to every layer, switched off, with the ranges and learned values that are there already."""
         for name, layer in self.layers.items():
@@ -81,8 +84,7 @@ class QuantizedLayers:
             state = attach(layer, grids.weights, grids.inputs)
             state.compiled, state.keep_weight = compiled and compiler_available(device), keep_weight
             state.extremes = self.extremes.get(name, state.extremes).to(device, copy=True)
-            if grids.inputs is not None:
-                self.gathered.start(name, state)
+            self.gathered.start(name, state, counting=grids.inputs is not None)
             state.noise = self.noise
             self.learned.move(name, device)
             self._use_learned(name, state)
@@ -119,8 +121,7 @@ class QuantizedLayers:
         if phase >= Phase.ROUND:
             self._check_finite(states)
         warnings = list(self._doubts(states, phase))
-        if phase >= Phase.ROUND and not inputs_wait:
-            self.gathered.settle(states)
+        self.gathered.settle(states if phase >= Phase.ROUND and not inputs_wait else {})
         self.set_phase(phase, inputs_wait)
         if phase == Phase.FROZEN:
             self.learned.freeze()
@@ -176,24 +177,20 @@ class QuantizedLayers:
             cleared = (name for name, layer in self.layers.items() if layer.get_parameter("weight").grad is None)
             self.learned.forget_stale_gradients(cleared)
 
-    @torch.no_grad()
-    def fold(self, momentum: float | None, step: int) -> list[str]:
-        """Move the ranges by what the step saw; return sentences to warn with. Runs once after each optimizer step."""
+    def fold(self, momentum: float | None, step: int, outputs: Collection[Observing] = ()) -> list[str]:
+        """Move the ranges by what the step saw; return sentences to warn with. Runs once after each optimizer step.
+
+        `outputs` move with them, so that one all-reduce a step serves all; none is needed once ranges are frozen.
+        """
         states = self.states
         if not any(state.phase in (Phase.OBSERVE, Phase.ROUND) for state in states.values()):
             return []
-        first = next(iter(states.values())).extremes
-        nothing = torch.full_like(first, float("-inf"))
         self._calls = {n: (s.narrowest, s.pending) for n, s in states.items() if _called_twice(s)}  # type: ignore[misc]
-        seen = torch.stack([nothing if state.pending is None else state.pending for state in states.values()])
-        # A maximum over processes may lose a NaN, but not an infinity.
-        seen = all_reduce_max(seen.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf))
-        moved = move_ranges(torch.stack([state.extremes for state in states.values()]), seen, momentum)
-        for state, row in zip(states.values(), moved.unbind(), strict=True):
-            state.extremes.copy_(row)
-            state.pending = state.narrowest = None
+        seen = fold_extremes([*states.values(), *outputs], momentum)
+        for state in states.values():
+            state.narrowest = None
         self.gathered.fold(states)
-        return self._note_not_finite(seen, step)
+        return self._note_not_finite(seen[: len(states)], step)
 
     # What looks wrong
 
@@ -285,6 +282,11 @@ class QuantizedLayers:
                 f"the checkpoint has a range for '{unknown[0]}', which this model's selection does not contain; resume "
                 f"with the model and include/exclude that made it"
             )
+
+
+def _learns_by_channel(layer: nn.Module, grids: Grids) -> bool:
+    start = grids.weights.learned(channels_first(layer, layer.get_parameter("weight").detach()))
+    return any(value.dim() > 0 for value in start.values())
 
 
 def _called_twice(state: FakeQuant) -> bool:

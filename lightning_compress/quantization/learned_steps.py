@@ -161,8 +161,8 @@ def learned_affine(
     """Round to `step * clip(round((value - offset) / step), 0, top) + offset`, top = 2^bits - 1. Runs in each forward.
 
     With v = (value - offset) / step: the slope of the step is round(v) - v inside, 0 below and top above; that of the
-    offset is 0 inside and 1 outside; that of the value 1 inside and 0 outside. Bhalgat et al. 2020, "LSQ+", section
-    3.1, with codes from 0.
+    offset is 0 inside and 1 outside; that of the value 1 inside and 0 outside. Bhalgat et al. 2020, "LSQ+", whose
+    learned offset this is, with codes from 0.
 
     Args:
         value: any shape, floating point; computed in float32.
@@ -192,10 +192,11 @@ def _features(value: Tensor) -> int:
 
 @dataclass(frozen=True)
 class LSQPlus:
-    """Inputs on an affine grid whose step and offset are learned. Bhalgat et al. 2020, "LSQ+", sections 3.1 and 3.2.
+    """Inputs on an affine grid whose step and offset are learned. Bhalgat et al. 2020, "LSQ+".
 
-    It begins with the observed range: step = (high - low) / (2^bits - 1), offset = low. Gradients are scaled by
-    1 / sqrt(N Qp), with N the values of one example (Esser et al. 2020, section 2.2).
+    It begins with the observed range: step = (high - low) / (2^bits - 1), offset = low; the paper searches for the
+    start of least square error instead. Gradients are scaled by 1 / sqrt(N Qp), with N the values of one example
+    (Esser et al. 2020, section 2.2).
 
     Args:
         bits: width of the unsigned code, 2 to 8; a ValueError otherwise.
@@ -260,9 +261,9 @@ def pact(value: Tensor, clip: Tensor, bits: int) -> Tensor:
 
 @dataclass(frozen=True)
 class PACT:
-    """Inputs that are never negative, clipped at a learned level. Choi et al. 2018, "PACT", section 3.
+    """Inputs that are never negative, clipped at a learned level. Choi et al. 2018, "PACT", section 4.
 
-    It begins with the observed high end. The paper's L2 penalty on the clip is weight decay of its optimizer.
+    It begins with the observed high end. The paper's L2 penalty on the clip is left out.
 
     Args:
         bits: width of the unsigned code, 2 to 8; a ValueError otherwise.

@@ -5,21 +5,22 @@ Nothing of it is in the module's parameters or the user's optimizers.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Adam
 
 from lightning_compress.sharding import all_reduce_sum, world_size
 
-__all__ = ["LearnedValues"]
+__all__ = ["LearnedValues", "adam_step"]
+
+BETAS, EPSILON = (0.9, 0.999), 1e-8  # as torch.optim.Adam
 
 
 class LearnedValues:
-    """Learned values of some layers by clean name, "weight.step" or "input.step" in each; an Adam a layer.
+    """Learned values of some layers by clean name, "weight.step" or "input.step" in each, and Adam's moments of each.
 
     The learning rate is relative: at first a step of Adam moves a value by about `learning_rate` of its tensor's mean
     magnitude at the start, whatever its unit. A tensor that starts at zero goes by the largest of its layer's.
@@ -28,7 +29,7 @@ class LearnedValues:
     def __init__(self, learning_rate: float) -> None:
         self.learning_rate = learning_rate
         self.parameters: dict[str, dict[str, Tensor]] = {}
-        self._optimizers: dict[str, Adam] = {}
+        self._moments: dict[str, dict[str, Tensor]] = {}  # (4, values) each: see `adam_step`; none once frozen
 
     def of(self, layer: str, kind: str) -> dict[str, Tensor]:
         """Return what a layer's "weight" or "input" grid has learned; empty before `add`."""
@@ -40,15 +41,14 @@ class LearnedValues:
         sizes = {key: float(value.abs().mean()) for key, value in start.items()}
         for key, value in start.items():
             size = sizes[key] or max(sizes.values()) or 1.0
-            self._add(layer, f"{kind}.{key}", value.detach().float(), self.learning_rate * size)
+            moments = torch.zeros(4, value.numel(), dtype=torch.float32, device=value.device)
+            moments[0] = self.learning_rate * size
+            self._put(layer, f"{kind}.{key}", value.detach().float().clone(), moments)
 
-    def _add(self, layer: str, key: str, value: Tensor, rate: float) -> None:
-        parameter = value.clone().requires_grad_()
-        self.parameters.setdefault(layer, {})[key] = parameter
-        if layer in self._optimizers:
-            self._optimizers[layer].add_param_group({"params": [parameter], "lr": rate})
-        else:
-            self._optimizers[layer] = Adam([{"params": [parameter], "lr": rate}])
+    def _put(self, layer: str, key: str, value: Tensor, moments: Tensor | None) -> None:
+        self.parameters.setdefault(layer, {})[key] = value.requires_grad_()
+        if moments is not None:
+            self._moments.setdefault(layer, {})[key] = moments
 
     def forget_stale_gradients(self, layers: Iterable[str]) -> None:
         """Clear the gradients of layers whose weights' gradients were cleared. Runs before each backward."""
@@ -57,52 +57,86 @@ class LearnedValues:
                 parameter.grad = None
 
     def step(self, layers: Iterable[str]) -> None:
-        """Step these layers' values by gradients averaged over processes. Runs inside the step of their weights."""
-        learning = [layer for layer in layers if layer in self._optimizers]
+        """Step these layers' values by gradients averaged over processes. Runs inside the step of their weights.
+
+        One all-reduce of its own, at another moment than that of the ranges. As in torch's Adam, a value without a
+        gradient and its moments stay as they are.
+        """
+        learning = [(layer, key) for layer in layers for key in self._moments.get(layer, ())]
         if learning and world_size() > 1:
-            average_gradients([value for layer in learning for value in self.parameters[layer].values()])
-        for layer in learning:
-            self._optimizers[layer].step()
-            self._optimizers[layer].zero_grad()
+            average_gradients([self.parameters[layer][key] for layer, key in learning])
+        moving = [(layer, key) for layer, key in learning if self.parameters[layer][key].grad is not None]
+        if not moving:
+            return
+        values = [self.parameters[layer][key] for layer, key in moving]
+        moments = adam_step(values, [self._moments[layer][key] for layer, key in moving])
+        for (layer, key), value, row in zip(moving, values, moments, strict=True):
+            self._moments[layer][key], value.grad = row, None
 
     def freeze(self) -> None:
         """Keep the values and forget how to go on. Runs when ranges are frozen."""
-        self._optimizers = {}
-        for parameter in (value for own in self.parameters.values() for value in own.values()):
-            parameter.grad = None
+        self._moments = {}
+        self.forget_stale_gradients(self.parameters)
 
     def clear(self) -> None:
         """Forget everything."""
-        self.parameters, self._optimizers = {}, {}
+        self.parameters, self._moments = {}, {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return copies of values and optimizers' states, as plain containers of tensors."""
-        values = {n: {k: v.detach().cpu().clone() for k, v in own.items()} for n, own in self.parameters.items()}
-        return {"values": values, "optimizers": copy.deepcopy({n: o.state_dict() for n, o in self._optimizers.items()})}
+        """Return copies of values and moments, as plain containers of tensors."""
+        return {"values": _copied(self.parameters), "moments": _copied(self._moments)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a saved state, on the CPU."""
         self.clear()
-        for layer, own in state["values"].items():
+        values, moments = _copied(state["values"]), _copied(state["moments"])
+        for layer, own in values.items():
             for key, value in own.items():
-                self._add(layer, key, value, 0.0)
-            if layer in state["optimizers"]:
-                self._optimizers[layer].load_state_dict(state["optimizers"][layer])
-            else:
-                del self._optimizers[layer]
+                self._put(layer, key, value, moments.get(layer, {}).get(key))
 
     def move(self, layer: str, device: torch.device) -> None:
-        """Move a layer's values, and the state of their Adam, to a device; nothing happens if they are there."""
-        own = self.parameters.get(layer, {})
-        if all(value.device == device for value in own.values()):
-            return
-        optimizer = self._optimizers.pop(layer, None)
-        for key, value in own.items():
-            self._add(layer, key, value.detach().to(device), 0.0)
-        if optimizer is None:
-            del self._optimizers[layer]
-        else:
-            self._optimizers[layer].load_state_dict(optimizer.state_dict())
+        """Move a layer's values, and their moments, to a device; nothing happens if they are there."""
+        moments = self._moments.get(layer, {})
+        for key, value in self.parameters.get(layer, {}).items():
+            if value.device != device:
+                kept = moments[key].to(device) if key in moments else None
+                self._put(layer, key, value.detach().to(device), kept)
+
+
+def _copied(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    return {layer: {key: t.detach().cpu().clone() for key, t in own.items()} for layer, own in tensors.items()}
+
+
+@torch.no_grad()
+def adam_step(values: Sequence[Tensor], moments: Sequence[Tensor]) -> list[Tensor]:
+    """Step values by their gradients, in place, and return their new moments. Runs inside an optimizer's step.
+
+    Kingma & Ba 2015, "Adam", algorithm 1, with the defaults of `torch.optim.Adam`: all tensors in one vector, each
+    with a learning rate of its own, where torch would need a group of parameters for each.
+
+    Args:
+        values: float32, each with a gradient.
+        moments: (4, values) float32 for each tensor: learning rate, number of steps, first and second moment.
+
+    >>> value, moments = torch.tensor(1.0, requires_grad=True), torch.tensor([[0.1], [0.0], [0.0], [0.0]])
+    >>> value.square().backward()
+    >>> _ = adam_step([value], [moments])
+    >>> value.detach()
+    tensor(0.9000)
+    """
+    sizes = [value.numel() for value in values]
+    gradient = torch.cat([value.grad.flatten() for value in values])  # type: ignore[union-attr]
+    together = torch.cat(list(moments), dim=1)
+    rate, count, first, second = together.unbind()
+    count += 1
+    first.lerp_(gradient, 1 - BETAS[0])
+    second.lerp_(gradient.square(), 1 - BETAS[1])
+    # 1 - beta^count, exact in float32 for a small count too
+    bias, square_bias = (-torch.expm1(count * math.log(beta)) for beta in BETAS)
+    change = rate * (first / bias) / ((second / square_bias).sqrt() + EPSILON)
+    for value, part in zip(values, torch.split(change, sizes), strict=True):
+        value.sub_(part.view_as(value))
+    return list(torch.split(together, sizes, dim=1))
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ __all__ = [
     "ternary_signs",
 ]
 
-TWN_SHARE = 0.7  # of mean |w|: Li et al. 2016, section 2.2
+TWN_SHARE = 0.7  # of mean |w|: Li et al. as of 2016; the revision of 2022 has 0.75
 
 
 def mean_size(weight: Tensor, *, per_channel: bool) -> Tensor:
@@ -126,7 +126,8 @@ def _ternary(weight: Tensor, per_channel: bool) -> Tensor:
 class Ternary:
     """Weights -s, 0, s: 0 up to the threshold 0.7 mean |w|, s the mean |w| beyond it, with the identity's gradient.
 
-    Li et al. 2016, "Ternary Weight Networks", section 2.2, with one threshold and scale a layer.
+    Li et al. 2016, "Ternary Weight Networks", with one threshold and scale a layer; the paper's revision of 2022 has
+    0.75 for weights that are normally distributed.
 
     Args:
         per_channel: a threshold and a scale for each output channel.
@@ -178,8 +179,8 @@ class TrainedTernary:
     """TTQ: weights -n, 0, p with two learned scales a layer. Zhu et al. 2017, "Trained Ternary Quantization".
 
     0 up to the threshold `share` max |w|. The gradient to p is the sum over the positive weights', that to n minus the
-    sum over the negative ones' (equation 7, n being the size that it is in equation 6); that to the weight is the
-    gradient times p, 1 or n (equation 8). The scales begin with the mean size of their weights. Two scales in one
+    sum over the negative ones' (the paper leaves the minus out, though its negative weights are -n); that to the
+    weight is the gradient times p, 1 or n. The scales begin with the mean size of their weights. Two scales in one
     channel have no integer form.
 
     Args:

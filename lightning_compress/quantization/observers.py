@@ -5,10 +5,22 @@ Noting is idempotent, so activation checkpointing, modules called twice and seve
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
-__all__ = ["flat_values", "move_ranges", "widen"]
+from lightning_compress.sharding import all_reduce_max
+
+__all__ = ["Observing", "flat_values", "fold_extremes", "move_ranges", "widen"]
+
+
+class Observing(Protocol):
+    """What a layer's input or a module's output keeps of its range: what it is, and what was seen since it moved."""
+
+    extremes: Tensor
+    pending: Tensor | None
 
 
 def flat_values(value: Tensor) -> Tensor:
@@ -55,3 +67,25 @@ def move_ranges(ranges: Tensor, pending: Tensor, momentum: float | None) -> Tens
     newer = torch.maximum(ranges, pending) if momentum is None else torch.lerp(ranges, pending, momentum)
     moved = torch.where(torch.isnan(ranges), pending, newer)
     return torch.where(torch.isfinite(pending).all(dim=1, keepdim=True), moved, ranges)
+
+
+@torch.no_grad()
+def fold_extremes(states: Collection[Observing], momentum: float | None) -> Tensor:
+    """Move all ranges by what the last step saw on any process. Runs once after each optimizer step, on every process.
+
+    Args:
+        states: in the same order on every process; their extremes move and nothing is pending afterwards.
+        momentum: as in `move_ranges`.
+
+    Returns:
+        (states, 2) of (-low, high): what was seen, -inf where nothing was and inf where it was not finite.
+    """
+    ranges = torch.stack([state.extremes for state in states])
+    nothing = torch.full_like(ranges[0], float("-inf"))
+    seen = torch.stack([nothing if state.pending is None else state.pending for state in states])
+    # A maximum over processes may lose a NaN, but not an infinity. One all-reduce serves all ranges.
+    seen = all_reduce_max(seen.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf))
+    for state, row in zip(states, move_ranges(ranges, seen, momentum).unbind(), strict=True):
+        state.extremes.copy_(row)
+        state.pending = None
+    return seen

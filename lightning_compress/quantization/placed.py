@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lightning_compress.quantization import placement
@@ -14,7 +13,6 @@ from lightning_compress.quantization.attach import QUANTIZABLE, Phase
 from lightning_compress.quantization.dataflow import Flow, watched
 from lightning_compress.quantization.fake import compiler_available
 from lightning_compress.quantization.gathered import Gathered, Gathering
-from lightning_compress.quantization.observers import move_ranges
 from lightning_compress.quantization.outputs import (
     OutputFakeQuant,
     OutputRange,
@@ -25,7 +23,7 @@ from lightning_compress.quantization.outputs import (
 )
 from lightning_compress.quantization.placement import PlacedOutput
 from lightning_compress.quantization.ranges import RangeRule
-from lightning_compress.sharding import all_reduce_max, clean_name
+from lightning_compress.sharding import clean_name
 
 __all__ = ["PlacedOutputs"]
 
@@ -118,21 +116,10 @@ class PlacedOutputs:
         for state in self.states.values():
             state.phase = phase if phase <= Phase.OBSERVE or state.observed else without_range
 
-    @torch.no_grad()
-    def fold(self, momentum: float | None, inputs: Mapping[str, Gathering]) -> None:
-        """Move the ranges by what the step saw, and give readers the range of what they read.
-
-        Runs once after each optimizer step, after the inputs' own ranges have moved; the same on every process.
-        """
+    def share(self, inputs: Mapping[str, Gathering]) -> None:
+        """Give readers the range of what they read. Runs once after each optimizer step, when all ranges have moved."""
         states = self.states
         if any(state.phase in (Phase.OBSERVE, Phase.ROUND) for state in states.values()):
-            nothing = torch.full_like(next(iter(states.values())).extremes, float("-inf"))
-            seen = torch.stack([nothing if state.pending is None else state.pending for state in states.values()])
-            seen = all_reduce_max(seen.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf))
-            moved = move_ranges(torch.stack([state.extremes for state in states.values()]), seen, momentum)
-            for state, row in zip(states.values(), moved.unbind(), strict=True):
-                state.extremes.copy_(row)
-                state.pending = None
             self.gathered.fold(states)
             share_grids(self.places, states, inputs)
 

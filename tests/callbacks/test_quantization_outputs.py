@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_compress import Details, QuantizationAwareTraining, export_onnx, fake_quantized
+from lightning_compress import Details, QuantizationAwareTraining, export_onnx, fake_quantized, sharding
 from lightning_compress.export.onnx import kernel_counts, run_onnx
 from lightning_compress.export.verify import sqnr_db
 from lightning_compress.quantization.outputs import OUTPUT_STATE, output_key
@@ -127,6 +127,24 @@ def test_a_rule_makes_the_ranges_of_outputs_and_their_readers_before_anything_is
         assert trained.high < 0.9 * widest.ranges()[output_key(place.name)].high
         for reader in place.readers:
             assert (whole.ranges()[reader].low, whole.ranges()[reader].high) == (trained.low, trained.high)
+
+
+def test_inputs_and_outputs_cost_one_collective_a_step_and_none_once_frozen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, by_step = [], []
+
+    class Note(L.Callback):
+        def on_train_epoch_end(self, *_: Any) -> None:  # each epoch is one step
+            by_step.append(len(calls))
+            calls.clear()
+
+    monkeypatch.setattr(sharding, "world_size", lambda: 2)
+    monkeypatch.setattr(sharding.dist, "all_reduce", lambda tensor, op: calls.append(op))
+    callback = qat((2, 4, 12))
+    fit(tmp_path, callback, Note())
+    assert by_step == [0] * 2 + [1] * 10 + [0] * 4
+    assert output_key("blocks.0.bn2") in callback.ranges()
 
 
 def test_an_exception_leaves_no_hook(tmp_path: Path) -> None:

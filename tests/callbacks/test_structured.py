@@ -36,6 +36,8 @@ from lightning_compress import (
 from lightning_compress.callbacks import reshaping
 from lightning_compress.measure.flops import count_macs
 from lightning_compress.pruning.criteria import fisher, mean_activation, movement, taylor, wanda
+from lightning_compress.quantization.learned_steps import LSQ, LSQPlus
+from lightning_compress.quantization.lowbit import TrainedTernary
 
 State = dict[str, Tensor]
 
@@ -455,6 +457,40 @@ def test_quantized_and_exported(order: int, tmp_path: Path) -> None:
     assert size(module) < size(net())
     path = export_onnx(module, tmp_path / "small.onnx", (X,), ranges=quantization.ranges())
     assert path.stat().st_size > 0
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_steps_of_each_channel_are_learned_once_the_channels_are_out(order: int, tmp_path: Path) -> None:
+    module, quantization = net(), QuantizationAwareTraining(LSQ(4, per_channel=True), LSQPlus(4), window=(9, 11, 15))
+    fit(module, [structured(window=(2, 10)), quantization][::order])
+    ranges, width = quantization.ranges(), module.body[0].out_features
+    assert width < 16
+    assert ranges["body.0"].weights_learned["step"].shape == (width,)
+    path = export_onnx(module, tmp_path / "small.onnx", (X,), ranges=ranges)
+    assert path.stat().st_size > 0
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_channels_that_go_while_a_step_of_each_is_learned_are_named_before_the_first_batch(order: int) -> None:
+    seen, module = Steps(), net()
+    quantization = QuantizationAwareTraining(
+        8, 8, window=(6, 8, 15), per_layer={"middle.0": (LSQ(4, per_channel=True), 8)}
+    )
+    words = (
+        r"StructuredPruning takes channels out of 'middle\.0' until step 14.*from step 8 on; end the pruning's window"
+    )
+    with pytest.raises(IncompatibleCallbacks, match=words):
+        fit(module, [seen, *[structured(), quantization][::order]])
+    assert seen.batches == 0
+    fit(net(), [structured(removal=Removal(times=0)), quantization])  # zeros that stay
+
+
+@pytest.mark.parametrize("weights", [LSQ(4), TrainedTernary()])
+def test_one_step_a_layer_is_learned_while_channels_go(weights: Any) -> None:
+    module, quantization = net(), QuantizationAwareTraining(weights, 8, window=(3, 5, 15))
+    fit(module, [structured(), quantization])
+    assert size(module) < size(net())
+    assert all(value.dim() == 0 for r in quantization.ranges().values() for value in r.weights_learned.values())
 
 
 def test_taught_while_it_shrinks() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_compress.errors import CompressError
 from lightning_compress.export.kernels import int8_report
-from lightning_compress.export.onnx import export_onnx, kernel_counts, run_onnx
+from lightning_compress.export.onnx import export_onnx, kernel_counts, onnx_session, run_onnx
 from lightning_compress.export.profiles import profile_named
 from lightning_compress.export.verify import sqnr_db
 from lightning_compress.quantization.attach import Phase
@@ -196,3 +196,38 @@ def test_outputs_with_errors_are_named(residual: nn.Module, ranges: Ranges, tmp_
         refused("attached to '6.bn2'", CompressError)
     finally:
         residual[6].bn2.__dict__.pop("_fake_quant_output").handles[0].remove()
+
+
+def test_sums_of_large_codes_do_not_overflow(tmp_path: Path) -> None:
+    """255 * 127 twice is beyond 16 bits, in which x86 processors without VNNI add by default."""
+    layer = nn.Sequential(nn.Linear(64, 16, bias=False))
+    with torch.no_grad():
+        layer[0].weight.fill_(1.0)
+    ones = torch.ones(8, 64)
+    path = export_onnx(layer, tmp_path / "sums.onnx", (ones,), ranges={"0": Range(0.0, 1.0)})
+    assert run_onnx(path, ones.numpy())[0] == pytest.approx(64.0, rel=1e-6)
+    assert onnx_session(path).get_session_options().get_session_config_entry("session.x64quantprecision") == "1"
+
+
+class Twice(nn.Module):
+    """Two layers of one width, and one layer that is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.again = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, value: Tensor) -> Tensor:
+        return self.again(self.again(self.second(self.first(value).relu()).relu()).relu())
+
+
+@pytest.mark.parametrize("low", [0.0, -1.0], ids=["codes from 0", "codes of negative values after a ReLU"])
+def test_layers_of_one_width_and_one_called_twice_have_integer_kernels(tmp_path: Path, low: float) -> None:
+    torch.manual_seed(0)
+    module, value = Twice(), torch.rand(40, 8)
+    ranges = {name: Range(low, 1.0) for name in ("first", "second", "again")}
+    path = export_onnx(module, tmp_path / "twice.onnx", (value,), ranges=ranges)
+    stored = [numpy_helper.to_array(each) for each in onnx.load(path).graph.initializer]
+    assert sum(array.dtype == np.int8 and array.ndim == 2 for array in stored) == 3
+    assert kernel_counts(path)["QGemm"] == 4
+    with torch.no_grad(), rounded_as_trained(module, ranges):
+        assert run_onnx(path, value.numpy())[0] == pytest.approx(module(value).numpy(), abs=0.01)

@@ -23,6 +23,7 @@ from lightning_compress.quantization.learned_steps import (
 
 quick = settings(max_examples=60, deadline=None)
 INF, NAN = float("inf"), float("nan")
+ATEN = torch._fake_quantize_learnable_per_tensor_affine
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 dynamo_warns = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # at itself
 
@@ -54,7 +55,7 @@ def lsq_by_the_paper(value, step, lowest, highest, upstream):
     return rounded, torch.where(inside, upstream.double(), 0.0), (upstream.double() * slope).sum()
 
 
-def ours(function, value, parameters, upstream, *rest, **options):
+def differentiated(function, value, parameters, upstream, *rest, **options):
     leaves = [tensor.clone().requires_grad_() for tensor in (value, *parameters)]
     result = function(*leaves, *rest, **options)
     result.backward(upstream)
@@ -66,7 +67,7 @@ def ours(function, value, parameters, upstream, *rest, **options):
 def test_lsq_is_the_papers_equations(case, factor):
     value, step, lowest, highest, upstream = case
     want, value_gradient, step_gradient = lsq_by_the_paper(*case)
-    got, got_value, got_step = ours(learned_step, value, [step], upstream, lowest, highest, factor)
+    got, got_value, got_step = differentiated(learned_step, value, [step], upstream, lowest, highest, factor)
     assert torch.equal(got.double(), want.float().double())
     assert torch.equal(got_value.double(), value_gradient)
     bound = 1e-5 * float(upstream.abs().sum()) * 2**7
@@ -85,13 +86,11 @@ def test_one_weight_equals_atens_learnable_operator_to_the_bit(bits, index):
     if lowest - 0.5 <= position <= lowest or highest <= position <= highest + 0.5:
         value = value * 3
     upstream = torch.randn(1, generator=generator)
-    got = ours(learned_step, value, [step], upstream, lowest, highest)
-    leaves = [tensor.clone().requires_grad_() for tensor in (value, step, torch.zeros(1))]
-    want = torch._fake_quantize_learnable_per_tensor_affine(*leaves, lowest, highest, 1.0)
-    want.backward(upstream)
-    assert torch.equal(got[0], want.detach())
-    assert torch.equal(got[1], leaves[0].grad)
-    assert torch.equal(got[2], leaves[1].grad)
+    got = differentiated(learned_step, value, [step], upstream, lowest, highest)
+    want = differentiated(ATEN, value, [step, torch.zeros(1)], upstream, lowest, highest, 1.0)
+    assert torch.equal(got[0], want[0])
+    assert torch.equal(got[1], want[1])
+    assert torch.equal(got[2], want[2])
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -105,13 +104,11 @@ def test_many_weights_equal_atens_learnable_operator(bits):
         ((position >= lowest - 0.5) & (position <= lowest)) | ((position >= highest) & (position <= highest + 0.5))
     )
     value, upstream = value[kept], torch.randn(int(kept.sum()))
-    got = ours(learned_step, value, [step], upstream, lowest, highest)
-    leaves = [tensor.clone().requires_grad_() for tensor in (value, step, torch.zeros(1))]
-    want = torch._fake_quantize_learnable_per_tensor_affine(*leaves, lowest, highest, 1.0)
-    want.backward(upstream)
-    assert torch.equal(got[0], want.detach())
-    assert torch.equal(got[1], leaves[0].grad)
-    torch.testing.assert_close(got[2], leaves[1].grad, rtol=1e-4, atol=1e-3)  # sums in another order
+    got = differentiated(learned_step, value, [step], upstream, lowest, highest)
+    want = differentiated(ATEN, value, [step, torch.zeros(1)], upstream, lowest, highest, 1.0)
+    assert torch.equal(got[0], want[0])
+    assert torch.equal(got[1], want[1])
+    torch.testing.assert_close(got[2], want[2], rtol=1e-4, atol=1e-3)  # sums in another order
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -193,7 +190,7 @@ def affine_cases(draw):
 
 
 def lsq_plus_by_the_paper(value, step, shift, lowest, top, upstream):
-    """Bhalgat et al. 2020, section 3.1, for codes from `lowest`, counted from the offset."""
+    """Bhalgat et al. 2020, for codes from `lowest`, counted from the offset."""
     v = positions(value, step, shift)
     inside = (v > lowest) & (v < lowest + top)
     code = v.clamp(lowest, lowest + top).round()
@@ -215,7 +212,7 @@ def test_lsq_plus_is_the_papers_equations(case, whole_zero):
     lowest = max(min(float((offset / step).round()), 0.0), -top) if whole_zero else 0.0
     shift = 0.0 if whole_zero else offset
     want = lsq_plus_by_the_paper(value, step, shift, lowest, top, upstream)
-    got = ours(learned_affine, value, [step, offset], upstream, bits, 0.5, whole_zero=whole_zero)
+    got = differentiated(learned_affine, value, [step, offset], upstream, bits, 0.5, whole_zero=whole_zero)
     rounding = 2.0**-23 * (top * float(step) + abs(float(offset)))  # of a float32 sum whose terms nearly cancel
     torch.testing.assert_close(got[0].double(), want[0], rtol=1e-6, atol=rounding)
     assert torch.equal(got[1].double(), want[1])
@@ -236,14 +233,12 @@ def test_lsq_plus_with_a_whole_zero_equals_atens_learnable_operator(bits):
     position = value / step + zero_point
     kept = ~(((position >= -0.5) & (position <= 0)) | ((position >= top) & (position <= top + 0.5)))
     value, upstream = value[kept], torch.randn(int(kept.sum()))
-    got = ours(learned_affine, value, [step, -zero_point * step], upstream, bits)
-    leaves = [tensor.clone().requires_grad_() for tensor in (value, step, zero_point)]
-    want = torch._fake_quantize_learnable_per_tensor_affine(*leaves, 0, top, 1.0)
-    want.backward(upstream)
-    assert torch.equal(got[0], want.detach())
-    assert torch.equal(got[1], leaves[0].grad)
-    torch.testing.assert_close(-step * got[3], leaves[2].grad, rtol=1e-4, atol=1e-3)
-    torch.testing.assert_close(got[2] - zero_point * got[3], leaves[1].grad, rtol=1e-3, atol=1e-2)
+    got = differentiated(learned_affine, value, [step, -zero_point * step], upstream, bits)
+    want = differentiated(ATEN, value, [step, zero_point], upstream, 0, top, 1.0)
+    assert torch.equal(got[0], want[0])
+    assert torch.equal(got[1], want[1])
+    torch.testing.assert_close(-step * got[3], want[3], rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(got[2] - zero_point * got[3], want[2], rtol=1e-3, atol=1e-2)
 
 
 def test_lsq_plus_begins_with_the_observed_range():
@@ -279,7 +274,7 @@ def test_pact_is_the_papers_equations(bits, clip, seed):
     generator = torch.Generator().manual_seed(seed)
     value = torch.cat([torch.randn(200, generator=generator) * clip, torch.tensor([0.0, -0.0, 1e-40, INF, -INF, clip])])
     upstream = torch.randn(value.shape, generator=generator)
-    got = ours(pact, value, [clip], upstream, bits)
+    got = differentiated(pact, value, [clip], upstream, bits)
     finite = value.double().clamp(-1e30, 1e30)
     clipped = 0.5 * (finite.abs() - (finite - clip.double()).abs() + clip.double())  # equation 1
     want = (clipped * top / clip.double()).round() * clip.double() / top  # equation 2

@@ -41,6 +41,50 @@ def test_a_step_is_adams_and_relative_to_the_start() -> None:
         assert value.grad is None
 
 
+def test_many_steps_are_torchs_adam_of_each_value_alone() -> None:
+    """Late values, values without a gradient, and layers of two optimizers that take turns."""
+    learned, noise = LearnedValues(0.03), torch.Generator().manual_seed(1)
+    twins: dict[tuple[str, str], tuple[Tensor, torch.optim.Adam]] = {}
+
+    def add(layer: str, kind: str, start: Tensor) -> None:
+        learned.add(layer, kind, {"step": start})
+        twin = start.clone().requires_grad_()
+        twins[layer, f"{kind}.step"] = twin, torch.optim.Adam([twin], lr=0.03 * float(start.abs().mean()))
+
+    add("one", "weight", torch.tensor([0.5, 1e-3, 7.0]))
+    add("two", "weight", torch.tensor(2e-4))
+    add("one", "input", torch.tensor(300.0))
+    for step in range(40):
+        if step == 10:
+            add("two", "input", torch.tensor([[1.0], [2.0]]))
+        layers = (["one", "two"], ["two"], ["one"], ["two", "one", "absent"])[step % 4]
+        for (layer, key), (twin, optimizer) in twins.items():
+            gradient = torch.randn(twin.shape, generator=noise) * 10.0 ** (step % 5 - 3)
+            absent = step % 3 == 0 and key == "weight.step"
+            learned.parameters[layer][key].grad = None if absent else gradient.clone()
+            twin.grad = None if absent else gradient.clone()
+            if layer in layers:
+                optimizer.step()
+        learned.step(layers)
+    for (layer, key), (twin, _) in twins.items():
+        torch.testing.assert_close(learned.parameters[layer][key], twin, rtol=2e-6, atol=0.0)
+
+
+def test_a_layer_moves_with_what_it_needs_to_go_on() -> None:
+    learned, there = values(), torch.device("meta")
+    give(learned, 0)
+    learned.step(["fc"])
+    before = dict(learned.parameters["fc"])
+    learned.move("fc", torch.device("cpu"))
+    assert all(learned.parameters["fc"][key] is value for key, value in before.items())
+    learned.move("fc", there)
+    for value in learned.parameters["fc"].values():
+        assert (value.device, value.is_leaf, value.requires_grad) == (there, True, True)
+        value.grad = torch.ones_like(value)
+    learned.step(["fc"])  # would raise if the moments had stayed behind
+    assert all(value.grad is None for value in learned.parameters["fc"].values())
+
+
 def test_only_the_named_layers_step() -> None:
     learned = values()
     learned.add("other", "weight", {"step": torch.tensor(1.0)})
@@ -74,7 +118,7 @@ def test_frozen_values_stay_and_their_optimizers_are_not_saved() -> None:
     learned.freeze()
     learned.step(["fc"])
     assert learned.of("fc", "weight")["step"].tolist() == [0.5, 1.5]
-    assert learned.state_dict()["optimizers"] == {}
+    assert learned.state_dict()["moments"] == {}
     again.load_state_dict(learned.state_dict())
     again.step(["fc"])
     assert again.of("fc", "input")["step"] == 20.0

@@ -133,7 +133,7 @@ def test_dorefa_weights_and_gradients_are_the_papers(case, bits):
         return
     position = (t / (2 * largest) + 0.5) * top
     clear = np.abs(position % 1 - 0.5) > 1e-3
-    want = np.where(w == 0.0, 0.0, 2 * np.round(position) / top - 1)  # equation 9
+    want = np.where(w == 0.0, 0.0, 2 * np.round(position) / top - 1)  # section 2.3
     np.testing.assert_allclose(got[clear], want[clear], rtol=1e-5, atol=1e-6)
     ties = np.abs(np.abs(torch.tanh(weight).numpy()) - np.abs(torch.tanh(weight).numpy()).max()) == 0
     through_maximum = np.where(ties, np.sign(t) * (g * t).sum() / largest**2 / ties.sum(), 0.0)
@@ -153,7 +153,7 @@ def test_dorefa_inputs_are_the_papers(bits, seed):
     got.backward(upstream)
     clipped = value.detach().double().clamp(0, 1)
     clear = ((clipped * top) % 1 - 0.5).abs() > 1e-4
-    want = (clipped * top).round() / top  # equation 5
+    want = (clipped * top).round() / top  # section 2.2
     torch.testing.assert_close(got.detach().double()[clear], want[clear], rtol=1e-6, atol=1e-7)
     value_in = (value >= 0) & (value <= 1)
     assert torch.equal(value.grad, torch.where(value_in, upstream, 0.0))

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from lightning_compress.demo_data import load_fashion_mnist
 from lightning_compress.quantization.allocation import allocate
@@ -19,12 +18,7 @@ from lightning_compress.quantization.mixed import (
     weight_bytes,
 )
 from lightning_compress.quantization.sensitivity import hessian_sensitivity, hessian_traces, loss_sensitivity
-
-ALL = ["*"]
-
-
-def loss(net, batch):
-    return F.cross_entropy(net(batch[0]), batch[1])
+from tests.quantization.test_sensitivity import ALL, Twice, loss
 
 
 def network():
@@ -54,17 +48,6 @@ def test_bit_operations_are_counted_by_hand():
     assert costs == {name: {2: count * 2 * 4, 8: count * 8 * 4} for name, count in macs.items()}
     square = bit_operations(network(), data(), loss, (2, 8), inputs="same", include=ALL)
     assert square == {name: {2: count * 4, 8: count * 64} for name, count in macs.items()}
-
-
-class Twice(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
-        self.second.weight = self.first.weight
-        self.head = nn.Linear(4, 3)
-
-    def forward(self, value):
-        return self.head(torch.tanh(self.second(torch.tanh(self.first(value)))))
 
 
 def test_a_shared_weight_is_stored_once_used_twice_and_has_one_width():

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_compress.quantization.observers import move_ranges, widen
+from lightning_compress import sharding
+from lightning_compress.quantization.observers import fold_extremes, move_ranges, widen
 
 quick = settings(max_examples=50, deadline=None)
 NAN, INF = float("nan"), float("inf")
@@ -93,3 +96,28 @@ def test_a_nested_tensor_shows_the_values_of_all_its_rows():
 
 def test_momentum_one_follows_the_last_step():
     assert move_ranges(torch.tensor([[9.0, 9.0]]), torch.tensor([[1.0, 2.0]]), 1.0).tolist() == [[1.0, 2.0]]
+
+
+def test_all_ranges_move_by_what_any_process_saw_in_one_all_reduce(monkeypatch):
+    elsewhere = torch.tensor([[0.0, 9.0], [-INF, -INF], [3.0, 3.0], [1.0, INF]])
+    calls = []
+
+    def all_reduce(tensor, op):
+        calls.append(op)
+        tensor.copy_(torch.maximum(tensor, elsewhere))
+
+    monkeypatch.setattr(sharding, "world_size", lambda: 2)
+    monkeypatch.setattr(sharding.dist, "all_reduce", all_reduce)
+    ranges, pending = [[0.0, 1.0], [NAN, NAN], [NAN, NAN], [2.0, 2.0]], [[4.0, 5.0], [NAN, 1.0], None, [0.0, 0.0]]
+    states = [
+        SimpleNamespace(extremes=torch.tensor(r), pending=None if p is None else torch.tensor(p))
+        for r, p in zip(ranges, pending, strict=True)
+    ]
+    seen = fold_extremes(states, 0.5)
+    assert calls == [torch.distributed.ReduceOp.MAX]
+    assert seen.tolist() == [[4.0, 9.0], [INF, 1.0], [3.0, 3.0], [1.0, INF]]
+    moved = [state.extremes.tolist() for state in states]
+    assert moved[0] == [2.0, 5.0]
+    assert np.isnan(moved[1]).all()  # the NaN here is not lost where the other process saw nothing
+    assert moved[2:] == [[3.0, 3.0], [2.0, 2.0]]
+    assert [state.pending for state in states] == [None] * 4

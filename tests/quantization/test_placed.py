@@ -11,7 +11,7 @@ from torch import nn
 from lightning_compress.export.onnx import export_onnx, kernel_counts
 from lightning_compress.quantization.attach import Phase, attach, detach
 from lightning_compress.quantization.dataflow import watched
-from lightning_compress.quantization.observers import move_ranges
+from lightning_compress.quantization.observers import fold_extremes
 from lightning_compress.quantization.outputs import OUTPUT_STATE, rounded_as_trained
 from lightning_compress.quantization.placed import PlacedOutputs
 from lightning_compress.quantization.placement import place
@@ -35,11 +35,8 @@ def trained(steps: int) -> tuple[nn.Module, PlacedOutputs, dict]:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        for state in inputs.values():
-            if state.pending is not None:
-                state.extremes.copy_(move_ranges(state.extremes[None], state.pending[None], 0.5)[0])
-                state.pending = None
-        outputs.fold(0.5, inputs)
+        fold_extremes([*inputs.values(), *outputs.states.values()], 0.5)
+        outputs.share(inputs)
         outputs.set_phase(phase)
         for state in inputs.values():
             state.phase = phase if state.observed else min(phase, Phase.OBSERVE)
@@ -86,7 +83,7 @@ def test_a_checkpoint_brings_places_and_ranges_back() -> None:
 
 def test_outputs_that_saw_nothing_stay_off() -> None:
     outputs = PlacedOutputs()
-    outputs.fold(0.5, {})
+    outputs.share({})
     module = nn.Sequential(nn.Identity(), nn.Linear(2, 2))
     outputs.attach(module, trained(1)[1].places[:0])
     outputs.set_phase(Phase.FROZEN)
