@@ -44,7 +44,8 @@ class QuantizedLayers:
         """Forget what was observed and learned; for a fresh run with the same object."""
         self.extremes: dict[str, Tensor] = {}
         self.choices: dict[str, tuple[int, bool]] = {}
-        self.learned.clear(), self.gathered.clear()
+        self.learned.clear()
+        self.gathered.clear()
         self._at_rounding: dict[str, Tensor] = {}
         self._not_finite: dict[str, int] = {}
         self._not_finite_since: Tensor | None = None
@@ -178,10 +179,7 @@ class QuantizedLayers:
             self.learned.forget_stale_gradients(cleared)
 
     def fold(self, momentum: float | None, step: int, outputs: Collection[Observing] = ()) -> list[str]:
-        """Move the ranges by what the step saw; return sentences to warn with. Runs once after each optimizer step.
-
-        `outputs` move with them, so that one all-reduce a step serves all; none is needed once ranges are frozen.
-        """
+        """Move all ranges, `outputs` too, by one all-reduce; return sentences to warn with. Runs after each step."""
         states = self.states
         if not any(state.phase in (Phase.OBSERVE, Phase.ROUND) for state in states.values()):
             return []
