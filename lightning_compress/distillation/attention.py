@@ -151,7 +151,8 @@ def _seen(queries: Tensor, mask: Tensor | None, causal: bool) -> Tensor | None:
         return seen
     token = mask.bool()
     keys = token[:, None, None, :] if seen is None else token[:, None, None, :] & seen
-    # A padded token before all others would see nothing, which is NaN; its row does not count, so it sees everything.
+    # A padded token before all others would see nothing, which is NaN (named by detect_anomaly); its row does not
+    # count, so it sees everything.
     return keys | ~token[:, None, :, None]
 
 

@@ -60,6 +60,18 @@ def test_two_equal_examples_leave_the_others_their_gradients():
         assert (gradient[2:].abs().amax(dim=1) > 0).all()
 
 
+def test_an_angle_needs_three_different_examples():
+    """Two equal ones have no direction between them; [j, i, i] is no angle, though its cosine is 1 elsewhere."""
+    student, teacher = (
+        torch.tensor([[0.0, 0.0], [0.0, 0.0], [1.0, 0.0]]),
+        torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0]]),
+    )
+    # At the three corners, each seen from two sides; the student's cosines are 0 (no direction), 0 and 1.
+    corners = [(0.0, 0.0), (0.0, 0.5**0.5), (1.0, 0.5**0.5)]
+    wanted = sum((own - other) ** 2 / 2 for own, other in corners) / 3
+    assert float(relational_angle(student, teacher)) == pytest.approx(wanted)
+
+
 def test_small_differences_of_large_features_are_kept():
     """|a|^2 + |b|^2 - 2ab would lose them: 1e4 +- 1 in float32."""
     offsets = examples(0).float()
