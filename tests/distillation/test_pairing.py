@@ -85,6 +85,12 @@ def test_models_are_left_as_they_were():
     assert not any(module._forward_hooks for module in net.modules())
 
 
+def test_a_layer_that_is_called_twice_stands_where_its_last_call_ends():
+    twice = nn.Conv2d(1, 1, 3, padding=1)
+    shapes = output_shapes(nn.Sequential(twice, nn.MaxPool2d(2), twice), torch.zeros(1, 1, 8, 8))
+    assert list(shapes.items()) == [("1", (1, 1, 4, 4)), ("0", (1, 1, 4, 4))]
+
+
 def test_compiled_and_wrapped_models_pair_by_the_users_names():
     student, teacher = torch.compile(bert(1), backend="eager"), nn.DataParallel(bert(2))
     pairs = pair_layers(student, teacher, {"input_ids": torch.arange(4)[None]})
