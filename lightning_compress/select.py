@@ -22,6 +22,7 @@ __all__ = [
     "Selection",
     "layers_of",
     "matching_layers",
+    "matching_modules",
     "patterns_or_none",
     "select_layers",
     "select_weights",
@@ -173,6 +174,29 @@ def layers_of(module: nn.Module, weights: Mapping[str, nn.Parameter]) -> dict[st
     """
     layers = {id(layer.weight): layer for layer in reversed(list(module.modules())) if hasattr(layer, "weight")}
     return {name: layers[id(weight)] for name, weight in weights.items()}
+
+
+def matching_modules(module: nn.Module, patterns: Iterable[Pattern] | Pattern, option: str) -> dict[str, nn.Module]:
+    """Return the modules that patterns name themselves, by clean name, in the module's order. Runs at `setup`.
+
+    Unlike a selection of layers, a pattern that names a container does not stand for what is in it; what stands is the
+    innermost of several wrappers. "" is the module itself.
+
+    Raises:
+        ValueError: a pattern, written in `option`, matches nothing.
+
+    >>> net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    >>> list(matching_modules(net, ["Linear", "1"], "layers"))
+    ['0', '1', '2']
+    """
+    modules = {clean_name(name): layer for name, layer in module.named_modules()}
+    given = patterns_or_none(patterns) or ()
+    _check_patterns(given, modules, option)
+    return {
+        name: layer
+        for name, layer in modules.items()
+        if any(_matches(pattern, name, layer) and (name or pattern == "") for pattern in given)
+    }
 
 
 def matching_layers(module: nn.Module, layers: Iterable[str], pattern: Pattern, option: str) -> list[str]:

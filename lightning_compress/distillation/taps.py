@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-__all__ = ["Call", "StudentSeen", "Tap", "logits_of"]
+from lightning_compress.errors import CompressError
+from lightning_compress.select import Pattern, matching_modules
+
+__all__ = ["Call", "LayerTap", "Read", "StudentSeen", "Tap", "first_tensor", "logits_of", "unwrapped"]
+
+Read = Literal["output", "input", "attention"]
 
 
 @dataclass(frozen=True)
@@ -99,6 +105,123 @@ class Tap:
 
 def _collect(tap: Tap, name: str, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
     tap.collect(Call(name, args, kwargs, output))
+
+
+@dataclass
+class LayerTap:
+    """Reads what layers of one model take in or give out while it is called inside `reading`, and keeps nothing after.
+
+    Hooks are attached once, before a compiled model's first call, which would not see later ones. Outside of `reading`
+    they do nothing.
+
+    Args:
+        read: "output" or "input", the first tensor of either; or "attention", the maps that an attention layer gives
+            as its second output.
+        gradient: leave out calls without gradient, as validation makes them; False for a teacher.
+        seen: what was read, by layer, in the order of its calls.
+    """
+
+    read: Read = "output"
+    gradient: bool = True
+    seen: dict[str, list[Tensor]] = field(default_factory=dict)
+    names: tuple[str, ...] = ()
+    _open: bool = False
+
+    def attach(self, root: nn.Module, patterns: Iterable[Pattern] | Pattern) -> Callable[[], None]:
+        """Listen to the layers of `root` that names, globs, class names or types match; returns the end of it.
+
+        Names are the user's, without the prefixes of DDP, FSDP, activation checkpointing and compiling.
+
+        Raises:
+            ValueError: a pattern matches nothing.
+        """
+        layers = matching_modules(unwrapped(root), patterns, "layers")
+        self.names = tuple(layers)
+        # Partials of a plain function: the layers still pickle.
+        handles = [
+            layer.register_forward_hook(functools.partial(_read, self, name), with_kwargs=True)
+            for name, layer in layers.items()
+        ]
+
+        def remove() -> None:
+            for handle in handles:
+                handle.remove()
+
+        return remove
+
+    @contextmanager
+    def reading(self) -> Iterator[dict[str, list[Tensor]]]:
+        """Read inside the block, and let go of everything at its end, after an exception too.
+
+        End it before the backward: activation checkpointing calls the layers again there.
+        """
+        self._open = True
+        try:
+            yield self.seen
+        finally:
+            self._open = False
+            self.seen.clear()
+
+    def check_all_called(self) -> None:
+        """Refuse a step that did not call each tapped layer; runs inside `reading`, after the first step.
+
+        Raises:
+            CompressError: it called some, or none of them.
+        """
+        missing = [name for name in self.names if name not in self.seen]
+        if missing:
+            raise CompressError(
+                f"the step did not call the tapped layers {', '.join(map(repr, missing))}"
+                f"{' with gradients enabled' if self.gradient else ''}; fused code may pass them by: tap what is "
+                f"called around them, or what they are made of"
+            )
+
+
+def _read(tap: LayerTap, name: str, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+    if not tap._open or (tap.gradient and not torch.is_grad_enabled()):
+        return
+    if tap.read == "input":
+        value = first_tensor((*args, *kwargs.values()))
+    elif tap.read == "output":
+        value = first_tensor(output)
+    else:
+        value = first_tensor(output[1:2]) if isinstance(output, (tuple, list)) else None
+    if value is None:
+        cure = "tap another layer"
+        if tap.read == "attention":
+            cure = (
+                'load the model with attn_implementation="eager" (or call nn.MultiheadAttention with its weights), or '
+                "take query_key_relation of its query and key layers"
+            )
+        raise TypeError(f"expected {tap.read} of '{name}' ({type(module).__name__}) to be a tensor, got none; {cure}")
+    tap.seen.setdefault(name, []).append(value)
+
+
+def first_tensor(value: Any) -> Tensor | None:
+    """Return a tensor itself, or the first in a tuple, list or dict; None where there is none.
+
+    >>> first_tensor((None, {"hidden": torch.ones(1)}))
+    tensor([1.])
+    """
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, Mapping):
+        value = tuple(value.values())
+    if not isinstance(value, (tuple, list)):
+        return None
+    return next((found for found in map(first_tensor, value) if found is not None), None)
+
+
+def unwrapped(root: nn.Module) -> nn.Module:
+    """Return the model inside a DistributedDataParallel or DataParallel.
+
+    >>> unwrapped(nn.DataParallel(nn.ReLU()))
+    ReLU()
+    """
+    if isinstance(root, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        inside: nn.Module = root.module
+        return inside
+    return root
 
 
 def logits_of(output: Any) -> Tensor:

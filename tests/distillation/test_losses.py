@@ -1,14 +1,26 @@
-"""Soft targets against the formula written out in NumPy, and the properties that make it usable."""
+"""What is special to each loss of logits; what all promise, and their values, is in `test_loss_promises.py`."""
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional
+from transformers.loss.loss_utils import ForCausalLMLoss
 
-from lightning_compress.distillation.losses import soft_targets
+from lightning_compress.distillation.comparing import kept_tokens
+from lightning_compress.distillation.losses import (
+    decoupled,
+    hard_labels,
+    jensen_shannon,
+    logit_mse,
+    reverse_kl,
+    soft_targets,
+)
 
 quick = settings(max_examples=50, deadline=None)
 temperatures = st.floats(0.25, 20.0)
@@ -22,40 +34,6 @@ def logits(seed, shape=(6, 5), dtype=torch.float32):
 def softmax(values):
     exponents = np.exp(values - values.max(axis=-1, keepdims=True))
     return exponents / exponents.sum(axis=-1, keepdims=True)
-
-
-def by_hand(student, teacher, temperature):
-    p, q = softmax(teacher.double().numpy() / temperature), softmax(student.double().numpy() / temperature)
-    return temperature**2 * (p * np.log(p / q)).sum(axis=-1).mean()
-
-
-@quick
-@given(st.integers(0, 10**6), temperatures, st.sampled_from([(4, 3), (2, 5, 7), (9,)]))
-def test_value_by_hand(seed, temperature, shape):
-    student, teacher = logits(seed, shape)
-    loss = soft_targets(student, teacher, temperature)
-    assert loss.shape == ()
-    assert float(loss) == pytest.approx(by_hand(student, teacher, temperature), rel=1e-4, abs=1e-5)
-
-
-def test_equal_logits_cost_nothing_and_have_no_gradient():
-    student, _ = logits(0)
-    student.requires_grad_()
-    loss = soft_targets(student, student.detach() + 2.0)  # a softmax doesn't see a constant
-    assert loss.item() == pytest.approx(0.0, abs=1e-5)
-    loss.backward()
-    assert student.grad.abs().max() < 1e-5
-
-
-@quick
-@given(st.integers(0, 10**6), temperatures, st.integers(1, 5))
-def test_copies_of_the_batch_and_its_halves_give_the_same_loss(seed, temperature, copies):
-    student, teacher = logits(seed)
-    whole = soft_targets(student, teacher, temperature)
-    repeated = soft_targets(student.repeat(copies, 1), teacher.repeat(copies, 1), temperature)
-    halves = [soft_targets(student[rows], teacher[rows], temperature) for rows in (slice(0, 3), slice(3, 6))]
-    torch.testing.assert_close(repeated, whole)
-    torch.testing.assert_close(torch.stack(halves).mean(), whole)
 
 
 @pytest.mark.parametrize("masked", [-1e9, float("-inf"), torch.finfo(torch.float32).min])
@@ -105,9 +83,101 @@ def test_the_sum_over_classes_is_whole():
     torch.testing.assert_close(soft_targets(*wide), soft_targets(student, teacher))  # more dimensions are a batch
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_computed_in_float32(dtype):
-    student, teacher = logits(5, dtype=dtype)
-    loss = soft_targets(student, teacher)
-    assert loss.dtype == torch.float32
-    assert torch.equal(loss, soft_targets(student.float(), teacher.float()))
+@quick
+@given(st.integers(0, 10**6), temperatures)
+def test_torchs_own_divergence(seed, temperature):
+    student, teacher = (value / temperature for value in logits(seed))
+    own = functional.kl_div(student.log_softmax(1), teacher.softmax(1), reduction="batchmean")
+    torch.testing.assert_close(soft_targets(student, teacher, 1.0), own)
+
+
+def test_hard_labels_of_a_language_model_are_transformers_own_loss():
+    """Next tokens, padding at -100: the mask does what the models' own shift does."""
+    student, teacher = logits(3, (2, 6, 7))
+    labels = teacher.argmax(dim=-1).roll(1, dims=1)  # the teacher's best at t is the label at t + 1
+    labels[0, 4:] = -100
+    own = ForCausalLMLoss(student, labels, vocab_size=7)
+    torch.testing.assert_close(hard_labels(student, teacher, mask=kept_tokens(labels=labels, next_token=True)), own)
+
+
+def test_logit_mse_is_torchs_times_the_classes():
+    student, teacher = logits(3, (4, 10))
+    torch.testing.assert_close(logit_mse(student, teacher), 10 * functional.mse_loss(student, teacher))
+
+
+@quick
+@given(st.integers(0, 10**6), temperatures)
+def test_reverse_kl_is_soft_targets_the_other_way_round(seed, temperature):
+    student, teacher = logits(seed)
+    torch.testing.assert_close(reverse_kl(student, teacher, temperature), soft_targets(teacher, student, temperature))
+
+
+def test_a_class_that_the_student_rules_out_leaves_reverse_kl_finite():
+    student, teacher = logits(2)
+    student[:, 0] = -math.inf
+    student.requires_grad_()
+    loss = reverse_kl(student, teacher)
+    loss.backward()
+    assert loss.isfinite()
+    assert student.grad.isfinite().all()
+
+
+@quick
+@given(st.integers(0, 10**6), temperatures, st.floats(0.05, 0.95))
+def test_jensen_shannon_is_bounded_and_turns_over_with_beta(seed, temperature, beta):
+    student, teacher = logits(seed)
+    loss = jensen_shannon(student, teacher, temperature, beta=beta)
+    entropy = -(beta * math.log(beta) + (1 - beta) * math.log(1 - beta))
+    assert float(loss) <= temperature**2 * entropy * 1.0001
+    turned = jensen_shannon(teacher, student, temperature, beta=1 - beta)
+    torch.testing.assert_close(turned, loss, rtol=1e-4, atol=1e-5 * temperature**2)
+
+
+@pytest.mark.parametrize(("loss", "beta", "share"), [(soft_targets, 1e-4, 1e-4), (reverse_kl, 1 - 1e-4, 1e-4)])
+def test_jensen_shannon_tends_to_the_two_divergences(loss, beta, share):
+    student, teacher = (value.double() / 3 for value in logits(1))
+    limit = jensen_shannon(student, teacher, beta=beta) / share
+    torch.testing.assert_close(limit, loss(student, teacher, 1.0), rtol=1e-2, atol=0.0)
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_jensen_shannon_is_finite_where_one_rules_out_a_class(side):
+    student, teacher = pair = logits(2)
+    pair[side][:, 0] = -math.inf
+    student.requires_grad_()
+    loss = jensen_shannon(student, teacher)
+    loss.backward()
+    assert loss.isfinite()
+    assert student.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0, -1.0, math.nan])
+def test_a_beta_out_of_range_names_the_losses_at_its_ends(beta):
+    with pytest.raises(ValueError, match=r"expected beta in \(0, 1\), got .*soft_targets \(0\) and reverse_kl \(1\)"):
+        jensen_shannon(*logits(0), beta=beta)
+
+
+@quick
+@given(st.integers(0, 10**6), temperatures)
+def test_decoupling_puts_together_what_soft_targets_is(seed, temperature):
+    """Zhao et al. 2022, equation 6: NCKD is weighed by the teacher's probability of all classes but the label's."""
+    student, teacher = (value.double() for value in logits(seed, (1, 5)))
+    label = torch.tensor([seed % 5])
+    others = 1 - (teacher / temperature).softmax(dim=1)[0, label].item()
+    together = decoupled(student, teacher, temperature, labels=label, alpha=1.0, beta=others)
+    torch.testing.assert_close(together, soft_targets(student, teacher, temperature))
+
+
+def test_examples_without_a_label_do_not_count():
+    student, teacher = logits(1)
+    labels = torch.tensor([0, -100, 2, -100, 4, 1])
+    kept = labels >= 0
+    wanted = decoupled(student[kept], teacher[kept], labels=labels[kept])
+    torch.testing.assert_close(decoupled(student, teacher, labels=labels), wanted)
+    first = decoupled(student[:1], teacher[:1], labels=labels[:1])
+    torch.testing.assert_close(decoupled(student, teacher, labels=labels, mask=torch.arange(6) < 2), first)
+
+
+def test_labels_of_another_shape_are_named():
+    with pytest.raises(ValueError, match=r"expected labels of shape \(6,\) .*\(6, 5\), got \(6, 5\); give one class"):
+        decoupled(*logits(0), labels=torch.zeros(6, 5, dtype=torch.long))
