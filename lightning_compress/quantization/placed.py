@@ -1,4 +1,4 @@
-"""The rounded outputs of one model: phases, ranges and what a checkpoint keeps, beside those of its layers' inputs."""
+"""The rounded outputs and products of one model: phases, ranges, what a checkpoint keeps, beside its layers' inputs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,14 @@ from torch import Tensor, nn
 
 from lightning_compress.quantization import placement
 from lightning_compress.quantization.attach import QUANTIZABLE, Phase
+from lightning_compress.quantization.attention import (
+    attach_products,
+    count_products,
+    detach_products,
+    is_product_key,
+    operand_names,
+    product_key,
+)
 from lightning_compress.quantization.dataflow import Flow, watched
 from lightning_compress.quantization.fake import compiler_available
 from lightning_compress.quantization.observers import move_ranges
@@ -24,22 +32,29 @@ from lightning_compress.quantization.outputs import (
     share_grids,
 )
 from lightning_compress.quantization.placement import PlacedOutput
+from lightning_compress.quantization.projections import Projection
 from lightning_compress.sharding import all_reduce_max, clean_name
 
 __all__ = ["PlacedOutputs"]
 
 
 class PlacedOutputs:
-    """The outputs that a placement rounds, by clean name. Ranges outlive the attachment.
+    """The outputs that a placement rounds, by clean name, and operands of products, by key. Ranges outlive both.
 
     Args:
         bits: width of the codes.
+        outputs: round outputs.
+        products: round the operands of products of two activations.
     """
 
-    def __init__(self, bits: int = 8) -> None:
+    def __init__(self, bits: int = 8, *, outputs: bool = True, products: bool = False) -> None:
         self.bits = bits
+        self.rounds_outputs, self.rounds_products = outputs, products
         self.places: tuple[PlacedOutput, ...] = ()
+        self.products: dict[str, int] = {}
         self.parts: dict[str, nn.Module] = {}
+        self.operands: dict[str, OutputFakeQuant] = {}
+        self._multiplying: dict[str, nn.Module] = {}
         self.extremes: dict[str, Tensor] = {}
         self.placed = False
         self._watch = ExitStack()
@@ -50,8 +65,8 @@ class PlacedOutputs:
         return {**self.__dict__, "_watch": ExitStack(), "_flow": None}
 
     def watch(self, module: nn.Module) -> None:
-        """Watch the forwards from now on, unless the outputs are known. Runs before the first training batch."""
-        if not self.placed:
+        """Watch the forwards from now on, unless all places are known. Runs before the first training batch."""
+        if not self.placed and (self.rounds_outputs or self.rounds_products):
             self._flow = self._watch.enter_context(watched(module))
 
     def place(
@@ -66,13 +81,22 @@ class PlacedOutputs:
         self._watch.close()
         if flow is None:
             return None
-        found = placement.place(module, flow, [n for n, layer in layers.items() if isinstance(layer, QUANTIZABLE)])
-        self.attach(module, found.outputs, compiled)
+        places: tuple[PlacedOutput, ...] = ()
+        warnings: list[str] = []
+        if self.rounds_outputs:
+            found = placement.place(module, flow, [n for n, layer in layers.items() if isinstance(layer, QUANTIZABLE)])
+            places = found.outputs
+            warnings += [f"an output stays in floating point: {reason}" for reason in found.unplaced]
+        if self.rounds_products:
+            self.products = count_products(flow, _rounded_layers(module, layers))
+            if not self.products:
+                warnings.append("attention=True rounds nothing: the forward multiplies no outputs of selected layers")
+        self.attach(module, places, compiled)
         self.set_phase(min(phase, Phase.OBSERVE))
-        return [f"an output stays in floating point: {reason}" for reason in found.unplaced]
+        return warnings
 
     def attach(self, module: nn.Module, places: tuple[PlacedOutput, ...] | None = None, compiled: bool = False) -> None:
-        """Attach to every placed output, switched off, with the ranges that are there already. Runs after `place`.
+        """Attach to every place and product, switched off, with the ranges that are there already. Runs after `place`.
 
         Args:
             module: the module that was placed.
@@ -87,6 +111,17 @@ class PlacedOutputs:
             state = attach_output(part, self.bits, place.low, place.high)
             state.compiled = compiled and compiler_available(device)
             state.extremes = self.extremes.get(place.name, state.extremes).to(device, copy=True)
+        for name, count in self.products.items():
+            operands = {operand: self._operand(product_key(name, operand), device) for operand in operand_names(count)}
+            for state in operands.values():
+                state.compiled = compiled and compiler_available(device)
+            self._multiplying[name] = every[name]
+            attach_products(every[name], operands)
+
+    def _operand(self, key: str, device: torch.device) -> OutputFakeQuant:
+        state = self.operands.setdefault(key, OutputFakeQuant(self.bits))
+        state.extremes = self.extremes.get(key, state.extremes).to(device, copy=True)
+        return state
 
     def detach(self) -> None:
         """Take everything off; ranges and places stay."""
@@ -95,12 +130,14 @@ class PlacedOutputs:
         self.collect()
         for part in self.parts.values():
             detach_output(part)
-        self.parts = {}
+        for part in self._multiplying.values():
+            detach_products(part)
+        self.parts, self._multiplying, self.operands = {}, {}, {}
 
     @property
     def states(self) -> dict[str, OutputFakeQuant]:
-        """The state of each attached output."""
-        return {name: attach_output(part) for name, part in self.parts.items()}
+        """The state of each attached output and operand."""
+        return {name: attach_output(part) for name, part in self.parts.items()} | self.operands
 
     def set_phase(self, phase: Phase) -> None:
         """Set the phase of every output that has a range; the others go on observing until ranges are frozen."""
@@ -134,7 +171,8 @@ class PlacedOutputs:
     def ranges(self) -> dict[str, OutputRange]:
         """Return what was trained, under the keys that an exporter looks for."""
         self.collect()
-        return {output_key(n): OutputFakeQuant(self.bits, extremes=row).range for n, row in self.extremes.items()}
+        found = {name: OutputFakeQuant(self.bits, extremes=row).range for name, row in self.extremes.items()}
+        return {name if is_product_key(name) else output_key(name): trained for name, trained in found.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Return ranges and places as plain containers of tensors and numbers; empty before outputs are placed."""
@@ -142,7 +180,7 @@ class PlacedOutputs:
             return {}
         self.collect()
         places = [[place.name, place.low, place.high, list(place.readers)] for place in self.places]
-        return {"extremes": dict(self.extremes), "places": places}
+        return {"extremes": dict(self.extremes), "places": places, "products": dict(self.products)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what a checkpoint kept; `attach` puts it on the module."""
@@ -151,3 +189,13 @@ class PlacedOutputs:
             return
         self.extremes = {name: row.float().cpu() for name, row in state["extremes"].items()}
         self.places = tuple(PlacedOutput(n, low, high, tuple(readers)) for n, low, high, readers in state["places"])
+        self.products = {name: int(count) for name, count in state["products"].items()}
+
+
+def _rounded_layers(module: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, bool]:
+    """Return all modules that multiply with weights of their own, and whether these are among the rounded layers."""
+    chosen = [layer.attention if isinstance(layer, Projection) and layer.name != "out_proj" else layer
+              for layer in layers.values()]  # fmt: skip
+    kinds = (*QUANTIZABLE, nn.MultiheadAttention)
+    every = {clean_name(name): part for name, part in module.named_modules() if isinstance(part, kinds)}
+    return {name: any(part is layer for layer in chosen) for name, part in every.items()}
