@@ -9,7 +9,7 @@ read the weights elsewhere, see the hooks or the mode and stand back.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,9 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_compress.sharding import clean_name
 
-__all__ = ["PROJECTIONS", "Projection", "projections_in", "projections_of", "unguarded_attention"]
+__all__ = [
+    "PROJECTIONS", "WEIGHTS", "Projection", "projections_in", "projections_of", "unguarded_attention", "weight_names",
+]  # fmt: skip
 
 PROJECTIONS = "_fake_quant_projections"
 WEIGHTS = {
@@ -52,7 +54,8 @@ class Projection(nn.Module):
         self.__dict__["attention"] = attention  # not registered as a child
         self.name, self.weight_name = name, WEIGHTS[name]
         owner, _, own = self.weight_name.rpartition(".")
-        self.register_parameter("weight", attention.get_submodule(owner)._parameters.get(own))
+        parameters = dict(attention.get_submodule(owner).named_parameters(recurse=False))
+        self.register_parameter("weight", parameters.get(own))
 
     def forward(self, input: Tensor, rows: slice = slice(None), bias: Tensor | None = None) -> Tensor:
         """Return the product with these rows of the weight: all, or only the query's, the key's, the value's."""
@@ -171,7 +174,7 @@ def projections_of(attention: nn.MultiheadAttention) -> dict[str, Projection]:
     """
     routes: _Routes | None = attention.__dict__.get(PROJECTIONS)
     attached = routes.parts if routes else {}
-    inner = ("in_proj",) if attention._qkv_same_embed_dim else ("q_proj", "k_proj", "v_proj")
+    inner = ("q_proj", "k_proj", "v_proj") if attention.in_proj_weight is None else ("in_proj",)
     return {name: attached.get(name) or Projection(attention, name) for name in (*inner, "out_proj")}
 
 
@@ -187,3 +190,14 @@ def projections_in(module: nn.Module) -> dict[str, Projection]:
         if isinstance(attention, nn.MultiheadAttention)
         for own, projection in projections_of(attention).items()
     }
+
+
+def weight_names(module: nn.Module, layers: Iterable[str]) -> dict[str, str]:
+    """Return the name of the parameter that is the weight of each layer, projections among them.
+
+    >>> net = nn.ModuleDict({"self": nn.MultiheadAttention(4, 2), "in_proj": nn.Linear(4, 4)})
+    >>> weight_names(net, ["self.in_proj", "in_proj"])
+    {'self.in_proj': 'self.in_proj_weight', 'in_proj': 'in_proj.weight'}
+    """
+    inside = {name: name.removesuffix(each.name) + each.weight_name for name, each in projections_in(module).items()}
+    return {name: inside.get(name, f"{name}.weight") for name in layers}
