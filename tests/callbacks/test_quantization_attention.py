@@ -145,15 +145,20 @@ def test_a_resumed_run_is_the_uninterrupted_one(at: int, tmp_path: Path) -> None
         assert torch.equal(value, resumed.state_dict()[name]), name
 
 
-def test_a_compiled_model_trains_the_same(tmp_path: Path) -> None:
-    plain, compiled = qat(), qat()
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo reads it of them
+@pytest.mark.parametrize("products_too", [False, True])
+def test_a_compiled_model_trains_the_same(products_too: bool, tmp_path: Path) -> None:
+    plain, compiled = (
+        QuantizationAwareTraining(window=(1, 3, 7), details=Details(attention=products_too)) for _ in range(2)
+    )
     expected, found = fit(Encoder, tmp_path, plain), fit(lambda: Encoder(compiled=True), tmp_path, compiled)
     assert list(products(compiled)) == list(products(plain))
+    # Sums in another order move values over ties: single codes differ, by one step of 255.
     for name, trained in plain.ranges().items():
         other = compiled.ranges()[name]
-        assert (trained.low, trained.high) == pytest.approx((other.low, other.high), rel=1e-3, abs=1e-3), name
+        assert (trained.low, trained.high) == pytest.approx((other.low, other.high), rel=0.02, abs=0.02), name
     for name, value in expected.state_dict().items():
-        torch.testing.assert_close(found.state_dict()[name], value, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(found.state_dict()[name], value, rtol=0, atol=2e-3)
 
 
 def test_without_such_products_it_says_so(tmp_path: Path) -> None:

@@ -147,6 +147,19 @@ def test_multihead_attention_on_one_set_of_ranges_with_and_without_weights(train
     assert (net[0](tokens, tokens, tokens)[0] - expected).abs().max() > 1e-4
 
 
+def test_a_compiled_attention_computes_the_same():
+    torch.manual_seed(0)
+    net = nn.ModuleList([nn.MultiheadAttention(WIDTH, 2, batch_first=True)])
+    ranges = {"0.in_proj": Range(-3.0, 3.0), **{f"0:{name}": trained for name, trained in OPERANDS.items()}}
+    tokens = torch.randn(2, 5, WIDTH)
+    with torch.no_grad(), rounded_as_trained(net, ranges):
+        expected, _ = net[0](tokens, tokens, tokens)
+        found, _ = torch.compile(net[0], backend="eager")(tokens, tokens, tokens)
+    torch.compiler.reset()
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    assert (net[0](tokens, tokens, tokens)[0] - expected).abs().max() > 1e-3
+
+
 class Counted:
     def __init__(self):
         self.calls = 0
