@@ -69,8 +69,7 @@ def export_onnx(  # noqa: PLR0913 - all but three have defaults; what a file is 
     Raises:
         ImportError: a package of the `onnx` extra is missing.
         ValueError: a parameter is not float32; a range names no Linear or Conv layer, or one that `forward` does not
-            use, or a product of activations, or grids without integer form; the inputs' first (or, open too, second)
-            sizes differ; no such profile.
+            use, or a product, or grids without integer form; inputs differ in an open size; there is no such profile.
         IncompatibleCallbacks: a layer in `ranges` has a reparametrized weight.
         NothingToCompress: `ranges` is empty.
         CompressError: fake-quantization is still attached; `forward` cannot be exported; the file would pass 2 GiB,
