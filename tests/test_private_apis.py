@@ -32,6 +32,7 @@ KNOWN = {
     "callbacks/gathering.py": {"_step_supports_amp_scaling"},
     "distillation/taps.py": {"_global_forward_hooks_with_kwargs"},
     "quantization/attach.py": {"_version"},
+    "quantization/attention.py": {"_C", "_safe_softmax"},
 }
 PRIVATE_IMPORTS = {
     "export/program.py": ("torch.ao.quantization.fx._decomposed",),
@@ -289,6 +290,31 @@ def test_a_dispatch_mode_sees_each_operator_with_its_tensors():
     with Seen() as seen:
         torch.ones(2).relu_()
     assert seen.names == ["ones", "relu_"]
+
+
+def test_torch_functions_can_be_hidden_from_all_modes():
+    class Seen(torch.overrides.TorchFunctionMode):
+        count = 0
+
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            self.count += 1
+            return func(*args, **(kwargs or {}))
+
+    value = torch.ones(2)
+    with Seen() as outer, Seen() as inner, torch._C.DisableTorchFunction():
+        value.relu()
+    assert outer.count + inner.count == 0
+    with Seen() as outer:
+        value.relu()
+    assert outer.count == 1
+
+
+def test_the_softmax_of_torchs_attention_is_zero_where_all_is_masked():
+    scores = torch.tensor([[-torch.inf, -torch.inf], [0.0, 0.0]], requires_grad=True)
+    shares = torch.ops.aten._safe_softmax(scores, -1)
+    assert shares.tolist() == [[0.0, 0.0], [0.5, 0.5]]
+    shares[1, 0].backward()
+    assert scores.grad[1].tolist() == [0.25, -0.25]
 
 
 def test_the_reference_operators_are_registered_by_this_import():

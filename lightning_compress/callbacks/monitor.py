@@ -19,6 +19,7 @@ from lightning_compress.measure.chart import plot_report
 from lightning_compress.measure.report import Measurement, Report, compare
 from lightning_compress.measure.size import Count, LayerRow, count_nonzero, file_bytes, per_layer, zipped_bytes
 from lightning_compress.quantization.outputs import outputs_of
+from lightning_compress.quantization.projections import weight_names
 
 __all__ = ["CompressionMonitor"]
 
@@ -159,5 +160,6 @@ def _layer_rows(trainer: L.Trainer, pl_module: L.LightningModule) -> list[LayerR
     for compression in _compressions(trainer):
         if isinstance(compression, QuantizationAwareTraining) and compression.complete and compression.enabled:
             layers, _ = outputs_of(compression.ranges())
-            bits |= {f"{name}.weight": trained.weight_bits for name, trained in layers.items()}
+            names = weight_names(pl_module, layers)
+            bits |= {names[layer]: trained.weight_bits for layer, trained in layers.items()}
     return per_layer(pl_module, bits=bits)

@@ -46,8 +46,8 @@ class QuantizationAwareTraining(L.Callback):
 
     Runs in each forward of the selected layers, training and validation alike: first only the inputs' ranges are
     observed, then weights and inputs are rounded with a straight-through gradient, at last the ranges are frozen, and
-    with them what grids learn. Zeros of pruning stay zero. Jacob et al. 2018. `nn.MultiheadAttention` stays in floating
-    point.
+    with them what grids learn. Zeros of pruning stay zero. Jacob et al. 2018. The projections of `MultiheadAttention`
+    are layers, too; `Details(attention=True)` rounds the products of attention.
 
     Args:
         weights: width of weight codes, 2 to 8, for `Symmetric(bits)`; or a grid, as in `quantization.weights`.
@@ -55,11 +55,11 @@ class QuantizationAwareTraining(L.Callback):
             leaves inputs in floating point.
         window: when to observe, when to round, when to freeze the ranges; floats are fractions of the run, ints are
             optimizer steps.
-        include: names, globs, class names or types; None is every Linear and Conv1d/2d/3d but the output head. It may
-            name ConvTranspose1d/2d/3d, and Embedding, whose weight only is rounded.
+        include: names, globs, class names or types; None is every Linear, Conv1d/2d/3d and MultiheadAttention but the
+            output head. It may name ConvTranspose1d/2d/3d, and Embedding, whose weight only is rounded.
         exclude: the same, left in floating point.
         per_layer: pattern -> (weights, inputs), or weights' width, of selected layers; the last that matches counts.
-        details: what makes ranges, learning rate of grids that learn, moments of inputs and batch norms, noise, ...
+        details: what makes ranges, learning rate of grids that learn, moments, noise, what else is rounded, compiled.
         enabled: False is plain training.
 
     Raises:
@@ -92,7 +92,7 @@ class QuantizationAwareTraining(L.Callback):
         self.steps, self._inputs_at, self._norms_at = (0, 0, 0), 0, float("inf")
         self._phase: tuple[Phase, bool] | None = None
         self._frozen_norms: list[nn.Module] = []
-        self.outputs, self._folded_at = PlacedOutputs(rule=self.details.observer), 0
+        self.outputs, self._folded_at = PlacedOutputs(self.details), 0
         self._restored: dict[str, Any] | None = None
 
     @property
@@ -135,7 +135,7 @@ class QuantizationAwareTraining(L.Callback):
         if stage == "fit" and trainer.global_step == 0:  # a fresh run with the same callback object
             self.clock.reset()
             self.quantized.clear()
-            self.outputs, self._folded_at = PlacedOutputs(rule=self.details.observer), 0
+            self.outputs, self._folded_at = PlacedOutputs(self.details), 0
         if is_final_at_setup(pl_module):
             self._prepare(trainer, pl_module, stage)
 
@@ -243,7 +243,7 @@ class QuantizationAwareTraining(L.Callback):
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         if self.enabled and self.clock.steps >= self._norms_at:
             self._frozen_norms = freeze_batch_norm(pl_module)
-        if self.enabled and self.details.outputs:
+        if self.enabled:
             self.outputs.watch(pl_module)
         self.quantized.noise_at(self.clock.steps)
 

@@ -19,8 +19,10 @@ from lightning_compress.export.runtime import kernel_counts, onnx_session, requi
 from lightning_compress.export.tracing import Inputs, OpenSizes, evaluating, inputs_beside, strip, traced
 from lightning_compress.export.verify import verify_file
 from lightning_compress.quantization.attach import QUANTIZABLE, STATE, check_weight
+from lightning_compress.quantization.attention import PRODUCTS, is_product_key
 from lightning_compress.quantization.grid import Range
 from lightning_compress.quantization.outputs import OUTPUT_STATE, Ranges, output_key, outputs_of
+from lightning_compress.quantization.projections import PROJECTIONS, Projection, projections_in
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -67,7 +69,7 @@ def export_onnx(  # noqa: PLR0913 - all but three have defaults; what a file is 
     Raises:
         ImportError: a package of the `onnx` extra is missing.
         ValueError: a parameter is not float32; a range names no Linear or Conv layer, or one that `forward` does not
-            use, or grids without integer form; the inputs' first (or, open too, second) sizes differ; no such profile.
+            use, or a product, or grids without integer form; inputs differ in an open size; there is no such profile.
         IncompatibleCallbacks: a layer in `ranges` has a reparametrized weight.
         NothingToCompress: `ranges` is empty.
         CompressError: fake-quantization is still attached; `forward` cannot be exported; the file would pass 2 GiB,
@@ -110,7 +112,8 @@ def _check_module(module: nn.Module) -> None:
             raise ValueError(
                 f"export_onnx needs float32 parameters, got {tensor.dtype} in '{name}'; call module.float() first"
             )
-    attached = [n for n, layer in module.named_modules() if STATE in layer.__dict__ or OUTPUT_STATE in layer.__dict__]
+    states = {STATE, OUTPUT_STATE, PROJECTIONS, PRODUCTS}
+    attached = [name for name, layer in module.named_modules() if not states.isdisjoint(layer.__dict__)]
     if attached:
         raise CompressError(
             f"export_onnx needs the plain module, but fake-quantization is attached to {attached[0]!r} and "
@@ -126,8 +129,15 @@ def _check_ranges(module: nn.Module, ranges: Ranges) -> None:
         raise NothingToCompress(
             "export_onnx got empty ranges; pass QuantizationAwareTraining(...).ranges() after fit, or None for float32"
         )
-    layers = dict(module.named_modules(remove_duplicate=False))
-    unknown = sorted(name for name in trained_layers if not isinstance(layers.get(name), QUANTIZABLE))
+    products = [key for key in ranges if is_product_key(key)]
+    if products:
+        raise ValueError(
+            f"an int8 file has no place yet for ranges of products of activations, got '{products[0]}' and "
+            f"{len(products) - 1} more; pass {{key: r for key, r in ranges.items() if ':product' not in key}}, and the "
+            "file multiplies in floating point there"
+        )
+    layers = {**dict(module.named_modules(remove_duplicate=False)), **projections_in(module)}
+    unknown = sorted(n for n in trained_layers if not isinstance(layers.get(n), (*QUANTIZABLE, Projection)))
     unknown += sorted(output_key(name) for name in outputs if name not in layers)
     if unknown:
         raise ValueError(

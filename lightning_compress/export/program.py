@@ -22,10 +22,12 @@ from lightning_compress.export.replacing import written_at_the_end
 from lightning_compress.export.tracing import Inputs, OpenSizes, evaluating, inputs_beside, open_shapes
 from lightning_compress.export.verify import LEAST_SQNR_DB, sqnr_db
 from lightning_compress.quantization.attach import QUANTIZABLE
+from lightning_compress.quantization.attention import is_product_key
 from lightning_compress.quantization.dataflow import watched
 from lightning_compress.quantization.grid import Range
 from lightning_compress.quantization.outputs import OutputRange, Ranges, outputs_of, rounded_as_trained
 from lightning_compress.quantization.placement import NORMS
+from lightning_compress.quantization.projections import projections_in
 from lightning_compress.sharding import clean_name
 
 __all__ = ["ReferenceLayer", "export_program", "reference_module"]
@@ -130,6 +132,12 @@ def reference_module(module: nn.Module, ranges: Ranges, example_inputs: Inputs) 
             without integer form.
     """
     layers, outputs = outputs_of(ranges)
+    unplaced = [key for key in ranges if key in projections_in(module) or is_product_key(key)]
+    if unplaced:
+        raise ValueError(
+            f"expected ranges of layers that the forward calls and of modules' outputs, got {unplaced} of attention; "
+            "leave them out of ranges, and they stay in floating point"
+        )
     norms = _norms_behind(module, layers, inputs_beside(module, example_inputs))
     clone = copy.deepcopy(module).eval().requires_grad_(False)
     for name, trained in layers.items():

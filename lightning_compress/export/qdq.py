@@ -23,6 +23,7 @@ from lightning_compress.export.profiles import Profile
 from lightning_compress.quantization.attach import QUANTIZABLE
 from lightning_compress.quantization.grid import Range
 from lightning_compress.quantization.outputs import Ranges, outputs_of
+from lightning_compress.quantization.projections import WEIGHTS, projections_in
 
 __all__ = ["insert_qdq"]
 
@@ -51,7 +52,7 @@ def insert_qdq(model: ir.Model, module: nn.Module, ranges: Ranges, profile: Prof
     grids = Grids(editor, profile)
     grids.round_outputs(outputs)
     grids.round_joins()
-    trained_layers = dict(module.named_modules(remove_duplicate=False))
+    trained_layers = {**dict(module.named_modules(remove_duplicate=False)), **projections_in(module)}
     weights = {name: trained_layers[name].get_parameter("weight") for name in layers}
     inserter = _Inserter(editor, grids, profile, weights)
     kernels = [inserter.quantize(name, node, layers[name]) for name, node in found]
@@ -65,7 +66,7 @@ def insert_qdq(model: ir.Model, module: nn.Module, ranges: Ranges, profile: Prof
 
 def _find(graph: ir.Graph, module: nn.Module, ranges: Mapping[str, Range]) -> Iterator[tuple[str, ir.Node]]:
     """Yield each node that computes with the weight of a layer in `ranges`, with the layer's name."""
-    layers = dict(module.named_modules(remove_duplicate=False))
+    layers = {**dict(module.named_modules(remove_duplicate=False)), **projections_in(module)}
     names = {id(layers[name]): name for name in ranges}
     for node in graph:
         weight = node.inputs[1] if node.op_type in ("Conv", "Gemm", "MatMul") else None
@@ -75,10 +76,22 @@ def _find(graph: ir.Graph, module: nn.Module, ranges: Mapping[str, Range]) -> It
         owner = layers.get(scopes[-1]) if scopes else None
         if not isinstance(owner, QUANTIZABLE):
             # A convolution that took in a batch norm lies in the norm's scope, but its weight keeps its name.
-            owner = layers.get(str(weight.name).removesuffix(".weight"))
+            named = layers.get(str(weight.name).removesuffix(".weight"))
+            owner = _projection(scopes[-1], layers, weight) if isinstance(owner, nn.MultiheadAttention) else named
         name = names.get(id(owner))
         if name is not None and _same_shape(weight, layers[name]):
             yield name, node
+
+
+def _projection(attention: str, layers: Mapping[str, nn.Module], weight: ir.Value) -> nn.Module | None:
+    """Return the projection of an attention that has this weight, which the exporter has transposed and renamed."""
+    for own in WEIGHTS:
+        layer = layers.get(f"{attention}.{own}")
+        if layer is not None:
+            known = layer.get_parameter("weight").detach().cpu().numpy()
+            if any(np.array_equal(array_of(weight), each) for each in (known, known.T)):
+                return layer
+    return None
 
 
 def _plain(node: ir.Node) -> bool:

@@ -25,6 +25,7 @@ from lightning_compress.quantization.histograms import count_values
 from lightning_compress.quantization.inputs import Affine, InputGrid
 from lightning_compress.quantization.noise import NO_NOISE, Noise, drop_rounding, uniform_noise
 from lightning_compress.quantization.observers import widen
+from lightning_compress.quantization.projections import Projection, projections_in
 from lightning_compress.quantization.scales import input_grid
 from lightning_compress.quantization.weights import Symmetric, WeightGrid, output_first
 from lightning_compress.shadowing import remember, restore
@@ -238,6 +239,8 @@ def attach(
             # Before a gate's, whose hooks are around these.
             module.register_forward_hook(_after_forward, always_call=True, prepend=True),
         ]
+        if isinstance(module, Projection):
+            module.route()
     return state
 
 
@@ -246,6 +249,8 @@ def detach(module: nn.Module) -> None:
     state: FakeQuant | None = module.__dict__.pop(STATE, None)
     for handle in state.handles if state else ():
         handle.remove()
+    if state and isinstance(module, Projection):
+        module.unroute()
 
 
 @contextmanager
@@ -270,6 +275,7 @@ def fake_quantized(module: nn.Module, ranges: Mapping[str, Range]) -> Iterator[n
     if not ranges:
         raise NothingToCompress("fake_quantized got no ranges; pass QuantizationAwareTraining(...).ranges() after fit")
     clean = {clean_name(name): layer for name, layer in module.named_modules(remove_duplicate=False)}
+    clean |= projections_in(module)
     layers = {name: clean[name] if name in clean else module.get_submodule(name) for name in ranges}
     try:
         for name, layer in layers.items():

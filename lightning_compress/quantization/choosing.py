@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lightning_compress.errors import NothingToCompress
 from lightning_compress.quantization.attach import (
     INPUTS,
     ON_REQUEST,
@@ -18,6 +17,7 @@ from lightning_compress.quantization.attach import (
     check_weight,
 )
 from lightning_compress.quantization.inputs import Affine, InputGrid
+from lightning_compress.quantization.projections import projections_in
 from lightning_compress.quantization.weights import Symmetric, WeightGrid
 from lightning_compress.select import Pattern, matching_layers, select_layers
 
@@ -105,22 +105,26 @@ def select_quantizable(
 ) -> dict[str, nn.Module]:
     """Select the layers to round, by clean name. Runs at `setup`.
 
-    `include` may also name transposed convolutions and embeddings. The projection of `nn.MultiheadAttention` is left
-    out: it is used without being called, so that hooks never see it.
+    `include` may also name transposed convolutions and embeddings. An `nn.MultiheadAttention` that is selected stands
+    for its projections, by names such as "attention.in_proj" and "attention.out_proj".
 
     Raises:
         ValueError: a pattern matches nothing, or a weight holds integers.
         NothingToCompress: nothing is left.
         IncompatibleCallbacks: a weight is reparametrized.
     """
-    kinds = QUANTIZABLE if include is None else QUANTIZABLE + ON_REQUEST
-    selected = select_layers(module, kinds, include, exclude).layers
-    inside_attention = [layer.out_proj for layer in module.modules() if isinstance(layer, nn.MultiheadAttention)]
-    layers = {n: m for n, m in selected.items() if not any(m is other for other in inside_attention)}
-    if not layers:
-        raise NothingToCompress("only nn.MultiheadAttention projections are selected, which stay in floating point")
-    for name, layer in layers.items():
-        check_weight(name, layer)
+    kinds = (*QUANTIZABLE, nn.MultiheadAttention) + (() if include is None else ON_REQUEST)
+    projections = projections_in(module)
+    layers: dict[str, nn.Module] = {}
+    for name, layer in select_layers(module, kinds, include, exclude).layers.items():
+        if isinstance(layer, nn.MultiheadAttention):  # its out_proj is a layer of its own, selected or not by itself
+            inner = {n: each for n, each in projections.items() if each.attention is layer and each.name != "out_proj"}
+            for each in inner.values():
+                check_weight(name, each)
+            layers |= inner
+        else:
+            check_weight(name, layer)
+            layers[name] = projections.get(name, layer)
     return layers
 
 

@@ -22,6 +22,8 @@ class Details:
         batch_norm_from: from when batch norms train with their running statistics, which then stay; None is never.
         outputs: round outputs that residual additions, concatenations and poolings read, too, as integer kernels of
             convolutions need it; they are found in the first training batch.
+        attention: round what products of two activations read, such as query and key, probabilities and value; they
+            are found in the first training batch.
         compiled: compile the rounding functions with `torch.compile` (about 10-20 s once); needs a compiler.
         observer: rule that makes the ranges of all that was seen, when inputs begin to be rounded, and they stay:
             `min_max`, `percentile`, `mean_square_error` of `quantization.ranges`, or your own; options through
@@ -38,6 +40,7 @@ class Details:
     inputs_from: Moment | None = None
     batch_norm_from: Moment | None = None
     outputs: bool = False
+    attention: bool = False
     compiled: bool = False
     observer: RangeRule | None = None
     noise: Noise = NO_NOISE

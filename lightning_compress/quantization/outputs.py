@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_compress.quantization import fake
 from lightning_compress.quantization.attach import Phase, fake_quantized
+from lightning_compress.quantization.attention import attach_products, detach_products, is_product_key
 from lightning_compress.quantization.gathered import Gathering
 from lightning_compress.quantization.grid import Range, input_grid
 from lightning_compress.quantization.histograms import count_values
@@ -27,7 +28,7 @@ from lightning_compress.sharding import clean_name
 
 __all__ = [
     "OUTPUT_STATE", "OutputFakeQuant", "OutputRange", "Ranges", "attach_output", "detach_output", "output_key",
-    "outputs_of", "rounded_as_trained", "share_grids",
+    "outputs_of", "products_of", "rounded_as_trained", "share_grids",
 ]  # fmt: skip
 
 OUTPUT_STATE = "_fake_quant_output"
@@ -36,7 +37,10 @@ SUFFIX = ":output"  # no module's name holds a colon in practice, and one layer 
 
 @dataclass(frozen=True)
 class OutputRange:
-    """What training decided about one module's output; beside the layers' `Range`s under `output_key(name)`."""
+    """What training decided about one module's output, beside the layers' `Range`s under `output_key(name)`.
+
+    Or about one operand of a product inside a module, under `product_key(name, operand)`.
+    """
 
     low: float
     high: float
@@ -77,8 +81,22 @@ def outputs_of(ranges: Ranges) -> tuple[dict[str, Range], dict[str, OutputRange]
     {'a': OutputRange(low=0.0, high=2.0, bits=8)}
     """
     layers = {name: trained for name, trained in ranges.items() if isinstance(trained, Range)}
-    outputs = {n.removesuffix(SUFFIX): trained for n, trained in ranges.items() if isinstance(trained, OutputRange)}
-    return layers, outputs
+    outputs = {n: trained for n, trained in ranges.items() if isinstance(trained, OutputRange)}
+    return layers, {n.removesuffix(SUFFIX): trained for n, trained in outputs.items() if not is_product_key(n)}
+
+
+def products_of(ranges: Ranges) -> dict[str, dict[str, OutputRange]]:
+    """Return the ranges of products' operands, by module name and operand.
+
+    >>> products_of({"a": Range(0.0, 1.0), "a:product0.left": OutputRange(0.0, 2.0)})
+    {'a': {'product0.left': OutputRange(low=0.0, high=2.0, bits=8)}}
+    """
+    found: dict[str, dict[str, OutputRange]] = {}
+    for key, trained in ranges.items():
+        if isinstance(trained, OutputRange) and is_product_key(key):
+            name, _, operand = key.rpartition(":")
+            found.setdefault(name, {})[operand] = trained
+    return found
 
 
 @dataclass
@@ -126,6 +144,12 @@ class OutputFakeQuant:
             return fake.compiled_functions()[1](value, scale, zero_point, self.bits)
         return fake.fake_quantize_input_eager(value, scale, zero_point, self.bits)
 
+    def passed(self, value: Tensor) -> Tensor:
+        """Observe a value, and return what is read of it: itself, or rounded."""
+        if self.phase in (Phase.OBSERVE, Phase.ROUND) and not self.settled and torch.is_grad_enabled():
+            self.note(value)
+        return self.rounded(value) if self.phase >= Phase.ROUND else value
+
 
 def _after_forward(module: nn.Module, args: Any, output: Any) -> Any:
     state: OutputFakeQuant = module.__dict__[OUTPUT_STATE]
@@ -136,9 +160,7 @@ def _after_forward(module: nn.Module, args: Any, output: Any) -> Any:
             f"rounding the output of a {type(module).__name__} needs it to be one tensor, got {type(output).__name__}; "
             "place it at the part whose output the tensor is"
         )
-    if state.phase in (Phase.OBSERVE, Phase.ROUND) and not state.settled and torch.is_grad_enabled():
-        state.note(output)
-    return state.rounded(output) if state.phase >= Phase.ROUND else None
+    return state.passed(output)
 
 
 def attach_output(
@@ -198,14 +220,24 @@ def rounded_as_trained(module: nn.Module, ranges: Ranges) -> Iterator[nn.Module]
     """
     layers, outputs = outputs_of(ranges)
     clean = {clean_name(name): part for name, part in module.named_modules(remove_duplicate=False)}
-    parts = {name: clean[name] if name in clean else module.get_submodule(name) for name in outputs}
+    products = products_of(ranges)
+    parts = {name: clean[name] if name in clean else module.get_submodule(name) for name in (*outputs, *products)}
     with ExitStack() as stack:
         stack.enter_context(fake_quantized(module, layers))
         device = next(module.parameters()).device
-        for name, part in parts.items():
-            trained = outputs[name]
-            state = attach_output(part, trained.bits)
-            stack.callback(detach_output, part)
-            state.extremes = torch.tensor([-trained.low, trained.high], device=device)
+        for name, trained in outputs.items():
+            state = attach_output(parts[name], trained.bits)
+            stack.callback(detach_output, parts[name])
+            state.extremes = _extremes(trained, device)
             state.phase = Phase.FROZEN
+        for name, operands in products.items():
+            stack.callback(detach_products, parts[name])
+            attach_products(parts[name], {
+                operand: OutputFakeQuant(trained.bits, phase=Phase.FROZEN, extremes=_extremes(trained, device))
+                for operand, trained in operands.items()
+            })  # fmt: skip
         yield module
+
+
+def _extremes(trained: OutputRange, device: torch.device) -> Tensor:
+    return torch.tensor([-trained.low, trained.high], device=device)

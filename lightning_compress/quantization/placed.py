@@ -1,4 +1,4 @@
-"""The rounded outputs of one model: phases, ranges and what a checkpoint keeps, beside those of its layers' inputs."""
+"""The rounded outputs and products of one model: phases, ranges, what a checkpoint keeps, beside its layers' inputs."""
 
 from __future__ import annotations
 
@@ -6,11 +6,21 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_compress.quantization import placement
 from lightning_compress.quantization.attach import QUANTIZABLE, Phase
+from lightning_compress.quantization.attention import (
+    attach_products,
+    count_products,
+    detach_products,
+    is_product_key,
+    operand_names,
+    product_key,
+)
 from lightning_compress.quantization.dataflow import Flow, watched
+from lightning_compress.quantization.details import Details
 from lightning_compress.quantization.fake import compiler_available
 from lightning_compress.quantization.gathered import Gathered, Gathering
 from lightning_compress.quantization.outputs import (
@@ -22,24 +32,28 @@ from lightning_compress.quantization.outputs import (
     share_grids,
 )
 from lightning_compress.quantization.placement import PlacedOutput
-from lightning_compress.quantization.ranges import RangeRule
+from lightning_compress.quantization.projections import Projection
 from lightning_compress.sharding import clean_name
 
 __all__ = ["PlacedOutputs"]
 
 
 class PlacedOutputs:
-    """The outputs that a placement rounds, by clean name. Ranges outlive the attachment.
+    """The outputs that a placement rounds, by clean name, and operands of products, by key. Ranges outlive both.
 
     Args:
+        details: says what is rounded, and what makes the ranges.
         bits: width of the codes.
-        rule: makes their ranges, as those of inputs; None leaves them to the moving average.
     """
 
-    def __init__(self, bits: int = 8, rule: RangeRule | None = None) -> None:
-        self.bits, self.gathered = bits, Gathered(rule)
+    def __init__(self, details: Details, bits: int = 8) -> None:
+        self.bits, self.gathered = bits, Gathered(details.observer)
+        self.rounds_outputs, self.rounds_products = details.outputs, details.attention
         self.places: tuple[PlacedOutput, ...] = ()
+        self.products: dict[str, int] = {}
         self.parts: dict[str, nn.Module] = {}
+        self.operands: dict[str, OutputFakeQuant] = {}
+        self._multiplying: dict[str, nn.Module] = {}
         self.extremes: dict[str, Tensor] = {}
         self.placed = False
         self._watch = ExitStack()
@@ -50,8 +64,8 @@ class PlacedOutputs:
         return {**self.__dict__, "_watch": ExitStack(), "_flow": None}
 
     def watch(self, module: nn.Module) -> None:
-        """Watch the forwards from now on, unless the outputs are known. Runs before the first training batch."""
-        if not self.placed:
+        """Watch the forwards from now on, unless all places are known. Runs before the first training batch."""
+        if not self.placed and (self.rounds_outputs or self.rounds_products):
             self._flow = self._watch.enter_context(watched(module))
 
     def place(
@@ -66,13 +80,22 @@ class PlacedOutputs:
         self._watch.close()
         if flow is None:
             return None
-        found = placement.place(module, flow, [n for n, layer in layers.items() if isinstance(layer, QUANTIZABLE)])
-        self.attach(module, found.outputs, compiled)
+        places: tuple[PlacedOutput, ...] = ()
+        warnings: list[str] = []
+        if self.rounds_outputs:
+            found = placement.place(module, flow, [n for n, layer in layers.items() if isinstance(layer, QUANTIZABLE)])
+            places = found.outputs
+            warnings += [f"an output stays in floating point: {reason}" for reason in found.unplaced]
+        if self.rounds_products:
+            self.products = count_products(flow, _rounded_layers(module, layers))
+            if not self.products:
+                warnings.append("attention=True rounds nothing: the forward multiplies no outputs of selected layers")
+        self.attach(module, places, compiled)
         self.set_phase(min(phase, Phase.OBSERVE))
-        return [f"an output stays in floating point: {reason}" for reason in found.unplaced]
+        return warnings
 
     def attach(self, module: nn.Module, places: tuple[PlacedOutput, ...] | None = None, compiled: bool = False) -> None:
-        """Attach to every placed output, switched off, with the ranges that are there already. Runs after `place`.
+        """Attach to every place and product, switched off, with the ranges that are there already. Runs after `place`.
 
         Args:
             module: the module that was placed.
@@ -88,6 +111,18 @@ class PlacedOutputs:
             state.compiled = compiled and compiler_available(device)
             state.extremes = self.extremes.get(place.name, state.extremes).to(device, copy=True)
             self.gathered.start(place.name, state)
+        for name, count in self.products.items():
+            operands = {operand: self._operand(product_key(name, operand), device) for operand in operand_names(count)}
+            for state in operands.values():
+                state.compiled = compiled and compiler_available(device)
+            self._multiplying[name] = every[name]
+            attach_products(every[name], operands)
+
+    def _operand(self, key: str, device: torch.device) -> OutputFakeQuant:
+        state = self.operands.setdefault(key, OutputFakeQuant(self.bits))
+        state.extremes = self.extremes.get(key, state.extremes).to(device, copy=True)
+        self.gathered.start(key, state)
+        return state
 
     def detach(self) -> None:
         """Take everything off; ranges and places stay."""
@@ -96,12 +131,14 @@ class PlacedOutputs:
         self.collect()
         for part in self.parts.values():
             detach_output(part)
-        self.parts = {}
+        for part in self._multiplying.values():
+            detach_products(part)
+        self.parts, self._multiplying, self.operands = {}, {}, {}
 
     @property
     def states(self) -> dict[str, OutputFakeQuant]:
-        """The state of each attached output."""
-        return {name: attach_output(part) for name, part in self.parts.items()}
+        """The state of each attached output and operand."""
+        return {name: attach_output(part) for name, part in self.parts.items()} | self.operands
 
     def enter(self, phase: Phase, inputs: Mapping[str, Gathering]) -> None:
         """Set the phase in training; a rule's ranges are made when rounding begins, and go to their readers."""
@@ -132,7 +169,8 @@ class PlacedOutputs:
     def ranges(self) -> dict[str, OutputRange]:
         """Return what was trained, under the keys that an exporter looks for."""
         self.collect()
-        return {output_key(n): OutputFakeQuant(self.bits, extremes=row).range for n, row in self.extremes.items()}
+        found = {name: OutputFakeQuant(self.bits, extremes=row).range for name, row in self.extremes.items()}
+        return {name if is_product_key(name) else output_key(name): trained for name, trained in found.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Return ranges and places as plain containers of tensors and numbers; empty before outputs are placed."""
@@ -140,7 +178,8 @@ class PlacedOutputs:
             return {}
         self.collect()
         places = [[place.name, place.low, place.high, list(place.readers)] for place in self.places]
-        return {"extremes": dict(self.extremes), "places": places, "gathered": self.gathered.state_dict()}
+        extremes, gathered = dict(self.extremes), self.gathered.state_dict()
+        return {"extremes": extremes, "places": places, "products": dict(self.products), "gathered": gathered}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what a checkpoint kept; `attach` puts it on the module."""
@@ -150,3 +189,13 @@ class PlacedOutputs:
         self.extremes = {name: row.float().cpu() for name, row in state["extremes"].items()}
         self.gathered.load_state_dict(state["gathered"])
         self.places = tuple(PlacedOutput(n, low, high, tuple(readers)) for n, low, high, readers in state["places"])
+        self.products = {name: int(count) for name, count in state["products"].items()}
+
+
+def _rounded_layers(module: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, bool]:
+    """Return all modules that multiply with weights of their own, and whether these are among the rounded layers."""
+    chosen = [layer.attention if isinstance(layer, Projection) and layer.name != "out_proj" else layer
+              for layer in layers.values()]  # fmt: skip
+    kinds = (*QUANTIZABLE, nn.MultiheadAttention)
+    every = {clean_name(name): part for name, part in module.named_modules() if isinstance(part, kinds)}
+    return {name: any(part is layer for layer in chosen) for name, part in every.items()}
