@@ -25,12 +25,15 @@ from lightning_compress.callbacks.contract import (
 from lightning_compress.callbacks.order import Claim, check_together
 from lightning_compress.callbacks.probe import first_student_call, uncompiled
 from lightning_compress.callbacks.step import intercept, with_loss
+from lightning_compress.distillation.comparing import takes_temperature
 from lightning_compress.distillation.losses import soft_targets
 from lightning_compress.distillation.taps import Call, Tap, logits_of
 from lightning_compress.distillation.teachers import Teacher, TeacherCheckpoint, build_teacher, call_teacher
 from lightning_compress.errors import CompressError
 
 __all__ = ["Distillation"]
+
+DEFAULT_TEMPERATURE = 2.0
 
 
 class Distillation(L.Callback):
@@ -45,7 +48,7 @@ class Distillation(L.Callback):
             as `TeacherCheckpoint`. It is held here, never in the LightningModule, its checkpoints or its optimizer.
         weight: share of the distillation loss, in [0, 1]; 0 is plain training.
         temperature: softens both distributions; above 0.
-        loss: (student logits, teacher logits, temperature) -> scalar.
+        loss: (student logits, teacher logits, temperature) -> scalar, or without the temperature, as `logit_mse`.
         student: name of the submodule that the step calls; None finds it.
         outputs: model output -> logits; None takes a tensor, `.logits`, `["logits"]` or the first of a tuple.
         inputs: batch -> the teacher's inputs (a tuple, a dict or one tensor); None repeats the student's.
@@ -61,8 +64,8 @@ class Distillation(L.Callback):
         self,
         teacher: nn.Module | TeacherCheckpoint | Callable[[], nn.Module] | str,
         weight: float = 0.5,
-        temperature: float = 2.0,
-        loss: Callable[[Tensor, Tensor, float], Tensor] = soft_targets,
+        temperature: float = DEFAULT_TEMPERATURE,
+        loss: Callable[..., Tensor] = soft_targets,
         student: str | None = None,
         outputs: Callable[[Any], Tensor] | None = None,
         inputs: Callable[[Any], Any] | None = None,
@@ -76,6 +79,9 @@ class Distillation(L.Callback):
         self.source: Teacher = teacher
         self.weight, self.temperature = float(weight), float(temperature)
         self.loss, self.student = loss, student
+        self._options = (self.temperature,) if takes_temperature(loss) else ()
+        if not self._options and temperature != DEFAULT_TEMPERATURE:
+            raise ValueError(f"temperature={temperature} was given, but {loss} takes no temperature; leave it out")
         self.outputs = outputs or logits_of
         self.inputs = inputs
         self.enabled = enabled and weight > 0.0
@@ -248,7 +254,7 @@ class Distillation(L.Callback):
                 f"teacher {type(teacher).__name__} and {tuple(student_logits.shape)} from the student "
                 f"'{call.name}'; use a teacher with the same classes, or pass outputs=a function that makes them equal"
             )
-        return self.loss(student_logits, teacher_logits, self.temperature)
+        return self.loss(student_logits, teacher_logits, *self._options)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.teacher is not None and not self._used:

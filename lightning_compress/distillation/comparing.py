@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ __all__ = [
     "paired_logits",
     "possible",
     "products",
+    "takes_temperature",
     "unit",
     "widened",
 ]
@@ -178,6 +181,32 @@ def check_temperature(temperature: float) -> None:
     """
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"expected a positive, finite temperature, got {temperature}; 1 leaves the logits as they are")
+
+
+def takes_temperature(loss: Callable[..., Tensor]) -> bool:
+    """Whether a loss of logits takes a temperature after student and teacher. Runs when `Distillation` is made.
+
+    Raises:
+        ValueError: it cannot be called with student, teacher and a temperature, nor with the first two alone.
+
+    >>> takes_temperature(lambda student, teacher: student), takes_temperature(lambda student, teacher, t: student)
+    (False, True)
+    """
+    try:
+        signature = inspect.signature(loss)
+    except ValueError:  # some builtins have none
+        return True
+    for count in (3, 2):
+        try:
+            signature.bind(*[None] * count)
+        except TypeError as error:
+            reason = error
+        else:
+            return count == 3
+    raise ValueError(
+        f"loss is called with student and teacher logits and, if it takes one, a temperature, but {loss} says: "
+        f"{reason}; give its other options by functools.partial, or call it in your training_step"
+    )
 
 
 def check_mask(mask: Tensor, wanted: tuple[int, ...]) -> None:

@@ -14,6 +14,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_compress import CompressError, Distillation, TeacherCheckpoint
+from lightning_compress.distillation.losses import decoupled, logit_mse
 from tests.distillation.kl_by_hand import softened_kl
 
 
@@ -120,6 +121,20 @@ def test_the_loss_is_the_weighted_sum_by_hand(student: Net, teacher: nn.Module) 
         wanted = teacher(inputs[8 * index : 8 * index + 8]).detach()
         term = softened_kl(logits.numpy(), wanted.numpy(), 4.0)
         assert loss == pytest.approx(0.7 * task + 0.3 * term, rel=1e-5)
+
+
+def test_a_loss_without_a_temperature_is_called_without(student: Net, teacher: nn.Module) -> None:
+    fit(student, Distillation(teacher, weight=0.25, loss=logit_mse))
+    wanted = teacher.eval()(data().tensors[0][:8]).detach()
+    term = float((student.logits[-4] - wanted).square().sum(dim=1).mean())
+    assert student.losses[0] == pytest.approx(0.75 * student.tasks[-4] + 0.25 * term, rel=1e-5)
+
+
+def test_a_loss_that_needs_more_is_named_when_it_is_made(teacher: nn.Module) -> None:
+    with pytest.raises(ValueError, match=r"decoupled.*missing a required.*labels.*functools.partial"):
+        Distillation(teacher, loss=decoupled)
+    with pytest.raises(ValueError, match="takes no temperature"):
+        Distillation(teacher, temperature=3.0, loss=logit_mse)
 
 
 def test_the_teacher_is_left_as_it_came(student: Net, teacher: nn.Module) -> None:
