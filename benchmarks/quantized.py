@@ -183,7 +183,10 @@ METHODS: dict[str, Callable[[Run], Row]] = {
     "W4, floating inputs": weights_of_4_bits,
     "mixed widths of W4's bytes, floating inputs": mixed,
 }
-SMALL = [name for name in METHODS if name not in ("W4A4, LSQ by channel",)][:-2]
+SMALL = [
+    "float", "W8A8, post-training", "W4A4, post-training", "W8A8", "W4A4, LSQ", "W3A3, LSQ", "W2A2, LSQ",
+    "ternary weights, A8", "binary weights, A8", "90 % pruned, W8A8",
+]  # fmt: skip
 OF_TASK = {
     "resnet20": SMALL,
     "lenet5-caffe": SMALL,

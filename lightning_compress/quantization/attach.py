@@ -95,8 +95,8 @@ class FakeQuant:
         learned = {kind: {key: t.detach().cpu().clone() for key, t in v.items()} for kind, v in self.learned.items()}
         return Range(
             low, high, bits, self.weights.bits,
-            None if self.weights == Symmetric(self.weights.bits) else self.weights,
-            None if self.inputs is None or self.inputs == Affine(bits) else self.inputs,
+            None if isinstance(self.weights, Symmetric) and self.weights.group == WEIGHTS.group else self.weights,
+            None if isinstance(self.inputs, Affine) else self.inputs,
             learned["weight"], learned["input"],
         )  # fmt: skip
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from lightning_compress.quantization import dorefa, formats, learned_steps, levels, lowbit, noise, ranges
+from lightning_compress.quantization.attach import FakeQuant
+from lightning_compress.quantization.weights import Symmetric
 
 TABLE = Path(__file__).parents[2] / "docs" / "quantization_grids.md"
 ROOMS = (learned_steps, dorefa, lowbit, formats, levels)
@@ -47,6 +49,7 @@ def test_what_a_row_of_weights_says(name, cells):
     assert cells[2] == learned_cell(learned)
     assert (grid.codes(weight, learned) is None) == (cells[3] == "no")
     assert " et al. " in cells[4]
+    assert FakeQuant(weights=grid).range.weight_grid == grid
     weight[:, ::2] = 0.0
     kept = bool((grid.rounded(weight, learned)[:, ::2] == 0).all())
     assert kept == (name != "Binary")
@@ -58,6 +61,7 @@ def test_what_a_row_of_inputs_says(name, cells):
     learned = kind().learned(LOW, HIGH)
     assert cells[2] == learned_cell(learned)
     assert (kind().affine(LOW, HIGH, learned) is None) == (cells[3] == "no")
+    assert FakeQuant(inputs=kind()).range.input_grid == kind()
     assert kind().rounded(torch.zeros(3), LOW, HIGH, learned).tolist() == [0.0] * 3
     assert " et al. " in cells[4]
 
@@ -69,3 +73,8 @@ def test_levels_observers_and_noise():
     for name, cells in rows_of("Observers").items():
         assert hasattr(room_of(cells[0]), name)
     assert set(rows_of("Noise")) == set(noise.__all__) - {"NO_NOISE"}
+
+
+@pytest.mark.parametrize("grid", [Symmetric(4), Symmetric(group="tensor"), Symmetric(4, group=4)])
+def test_a_range_keeps_the_group_of_a_symmetric_grid(grid):
+    assert FakeQuant(weights=grid).range.weight_grid == grid
