@@ -120,7 +120,7 @@ def crash(name: str, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, Path]]:
-    """Exit code and folder of one killed process a row; they run side by side."""
+    """Exit code and folder of one killed process a row; they run side by side, on a slow machine for minutes."""
     folders = {row.name: tmp_path_factory.mktemp(f"killed-{row.name}") for row in ROWS}
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
     started = {
@@ -133,7 +133,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, Pat
         )
         for name, folder in folders.items()
     }
-    return {name: (process.wait(timeout=120), folders[name]) for name, process in started.items()}
+    return {name: (process.wait(timeout=600), folders[name]) for name, process in started.items()}
 
 
 @promise("a killed run resumes exactly")
