@@ -155,7 +155,7 @@ def measure(name: str, seed: int, data: RottenTomatoes, cache: Path) -> Cell:
     tuned = kept(cache / f"float-{seed}.pt", seed, data, STEPS, dense)
     began = time.perf_counter()
     model, rounding, ranges = METHODS[name](dense, tuned, data, seed)
-    test = [data.batch_of([data.test[i] for i in range(at, at + 50)]) for at in range(0, len(data.test), 50)]
+    test = list(data.test_dataloader())
     with rounding:
         found = predicted(model, test)
     right = (found == torch.cat([batch["label"] for batch in test])).float().mean()
