@@ -162,7 +162,7 @@ def mixed(run: Run) -> Row:
     def loss(net: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         return functional.cross_entropy(net(batch[0]), batch[1])
 
-    bits = choose_bits(run.tuned(), run.labelled, loss, budget, by="loss", inputs=None, include=LAYERS)
+    bits = choose_bits(run.tuned(), run.labelled, loss, budget, by="loss", include=LAYERS)
     chosen = sum(costs[name][width] for name, width in bits.items())
     print(f"  {chosen} of {budget} bytes: {dict(Counter(bits.values()))}", flush=True)
     return rounded(run, 4, None, {name: (width, None) for name, width in bits.items()})
