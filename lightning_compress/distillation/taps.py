@@ -125,7 +125,7 @@ class LayerTap:
     gradient: bool = True
     seen: dict[str, list[Tensor]] = field(default_factory=dict)
     names: tuple[str, ...] = ()
-    _open: bool = False
+    opened: bool = False
 
     def attach(self, root: nn.Module, patterns: Iterable[Pattern] | Pattern) -> Callable[[], None]:
         """Listen to the layers of `root` that names, globs, class names or types match; returns the end of it.
@@ -155,11 +155,11 @@ class LayerTap:
 
         End it before the backward: activation checkpointing calls the layers again there.
         """
-        self._open = True
+        self.opened = True
         try:
             yield self.seen
         finally:
-            self._open = False
+            self.opened = False
             self.seen.clear()
 
     def check_all_called(self) -> None:
@@ -178,7 +178,7 @@ class LayerTap:
 
 
 def _read(tap: LayerTap, name: str, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-    if not tap._open or (tap.gradient and not torch.is_grad_enabled()):
+    if not tap.opened or (tap.gradient and not torch.is_grad_enabled()):
         return
     if tap.read == "input":
         value = first_tensor((*args, *kwargs.values()))
