@@ -92,7 +92,7 @@ class QuantizationAwareTraining(L.Callback):
         self.steps, self._inputs_at, self._norms_at = (0, 0, 0), 0, float("inf")
         self._phase: tuple[Phase, bool] | None = None
         self._frozen_norms: list[nn.Module] = []
-        self.outputs, self._folded_at = PlacedOutputs(self.details), 0
+        self.outputs, self._folded_at = PlacedOutputs(self.details, self.quantized.gathered), 0
         self._restored: dict[str, Any] | None = None
 
     @property
@@ -135,7 +135,7 @@ class QuantizationAwareTraining(L.Callback):
         if stage == "fit" and trainer.global_step == 0:  # a fresh run with the same callback object
             self.clock.reset()
             self.quantized.clear()
-            self.outputs, self._folded_at = PlacedOutputs(self.details), 0
+            self.outputs, self._folded_at = PlacedOutputs(self.details, self.quantized.gathered), 0
         if is_final_at_setup(pl_module):
             self._prepare(trainer, pl_module, stage)
 
@@ -260,7 +260,7 @@ class QuantizationAwareTraining(L.Callback):
         self._thaw()
         if self.enabled and self.clock.steps != self._folded_at:
             self._folded_at = self.clock.steps
-            self._warn(self.quantized.fold(self.details.average, self.clock.steps, self.outputs.states.values()))
+            self._warn(self.quantized.fold(self.details.average, self.clock.steps, self.outputs.by_key))
             self.outputs.share(self.quantized.states)
             self._enter_phase(trainer)
 

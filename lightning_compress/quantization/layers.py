@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,7 +21,8 @@ from lightning_compress.quantization.inputs import InputGrid
 from lightning_compress.quantization.learning import LearnedValues
 from lightning_compress.quantization.lowbit import Binary
 from lightning_compress.quantization.noise import noise_keys
-from lightning_compress.quantization.observers import Observing, fold_extremes
+from lightning_compress.quantization.observers import fold_extremes
+from lightning_compress.quantization.outputs import OutputFakeQuant
 
 __all__ = ["QuantizedLayers"]
 
@@ -178,16 +179,16 @@ class QuantizedLayers:
             cleared = (name for name, layer in self.layers.items() if layer.get_parameter("weight").grad is None)
             self.learned.forget_stale_gradients(cleared)
 
-    def fold(self, momentum: float | None, step: int, outputs: Collection[Observing] = ()) -> list[str]:
-        """Move all ranges, `outputs` too, by one all-reduce; return sentences to warn with. Runs after each step."""
+    def fold(self, momentum: float | None, step: int, outputs: Mapping[str, OutputFakeQuant]) -> list[str]:
+        """Move all ranges, of `outputs` by key too; return sentences to warn with. Runs once after each step."""
         states = self.states
         if not any(state.phase in (Phase.OBSERVE, Phase.ROUND) for state in states.values()):
             return []
         self._calls = {n: (s.narrowest, s.pending) for n, s in states.items() if _called_twice(s)}  # type: ignore[misc]
-        seen = fold_extremes([*states.values(), *outputs], momentum)
+        seen = fold_extremes([*states.values(), *outputs.values()], momentum)
         for state in states.values():
             state.narrowest = None
-        self.gathered.fold(states)
+        self.gathered.fold({**states, **outputs})
         return self._note_not_finite(seen[: len(states)], step)
 
     # What looks wrong

@@ -42,12 +42,13 @@ class PlacedOutputs:
     """The outputs that a placement rounds, by clean name, and operands of products, by key. Ranges outlive both.
 
     Args:
-        details: says what is rounded, and what makes the ranges.
+        details: says what is rounded.
+        gathered: what a rule will read of them, as of the layers' inputs, whose owner folds, clears and saves it.
         bits: width of the codes.
     """
 
-    def __init__(self, details: Details, bits: int = 8) -> None:
-        self.bits, self.gathered = bits, Gathered(details.observer)
+    def __init__(self, details: Details, gathered: Gathered, bits: int = 8) -> None:
+        self.bits, self.gathered = bits, gathered
         self.rounds_outputs, self.rounds_products = details.outputs, details.attention
         self.places: tuple[PlacedOutput, ...] = ()
         self.products: dict[str, int] = {}
@@ -110,7 +111,7 @@ class PlacedOutputs:
             state = attach_output(part, self.bits, place.low, place.high)
             state.compiled = compiled and compiler_available(device)
             state.extremes = self.extremes.get(place.name, state.extremes).to(device, copy=True)
-            self.gathered.start(place.name, state)
+            self.gathered.start(output_key(place.name), state)
         for name, count in self.products.items():
             operands = {operand: self._operand(product_key(name, operand), device) for operand in operand_names(count)}
             for state in operands.values():
@@ -140,10 +141,15 @@ class PlacedOutputs:
         """The state of each attached output and operand."""
         return {name: attach_output(part) for name, part in self.parts.items()} | self.operands
 
+    @property
+    def by_key(self) -> dict[str, OutputFakeQuant]:
+        """The same under the keys of their ranges."""
+        return {_key(name): state for name, state in self.states.items()}
+
     def enter(self, phase: Phase, inputs: Mapping[str, Gathering]) -> None:
         """Set the phase in training; a rule's ranges are made when rounding begins, and go to their readers."""
         if phase >= Phase.ROUND:
-            self.gathered.settle(self.states)
+            self.gathered.settle(self.by_key)
         self.set_phase(phase)
         share_grids(self.places, self.states, inputs)
 
@@ -157,7 +163,6 @@ class PlacedOutputs:
         """Give readers the range of what they read. Runs once after each optimizer step, when all ranges have moved."""
         states = self.states
         if any(state.phase in (Phase.OBSERVE, Phase.ROUND) for state in states.values()):
-            self.gathered.fold(states)
             share_grids(self.places, states, inputs)
 
     def collect(self) -> None:
@@ -170,7 +175,7 @@ class PlacedOutputs:
         """Return what was trained, under the keys that an exporter looks for."""
         self.collect()
         found = {name: OutputFakeQuant(self.bits, extremes=row).range for name, row in self.extremes.items()}
-        return {name if is_product_key(name) else output_key(name): trained for name, trained in found.items()}
+        return {_key(name): trained for name, trained in found.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Return ranges and places as plain containers of tensors and numbers; empty before outputs are placed."""
@@ -178,8 +183,7 @@ class PlacedOutputs:
             return {}
         self.collect()
         places = [[place.name, place.low, place.high, list(place.readers)] for place in self.places]
-        extremes, gathered = dict(self.extremes), self.gathered.state_dict()
-        return {"extremes": extremes, "places": places, "products": dict(self.products), "gathered": gathered}
+        return {"extremes": dict(self.extremes), "places": places, "products": dict(self.products)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what a checkpoint kept; `attach` puts it on the module."""
@@ -187,9 +191,12 @@ class PlacedOutputs:
         if not state:
             return
         self.extremes = {name: row.float().cpu() for name, row in state["extremes"].items()}
-        self.gathered.load_state_dict(state["gathered"])
         self.places = tuple(PlacedOutput(n, low, high, tuple(readers)) for n, low, high, readers in state["places"])
         self.products = {name: int(count) for name, count in state["products"].items()}
+
+
+def _key(name: str) -> str:
+    return name if is_product_key(name) else output_key(name)
 
 
 def _rounded_layers(module: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, bool]:

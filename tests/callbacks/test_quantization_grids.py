@@ -18,6 +18,7 @@ from lightning_compress.quantization.attach import STATE
 from lightning_compress.quantization.details import Details
 from lightning_compress.quantization.inputs import Affine, PerToken
 from lightning_compress.quantization.weights import Symmetric
+from tests.callbacks.quiet import quiet_fit
 from tests.learned_grids import Bounds, Step
 
 STEPS = 12
@@ -72,17 +73,7 @@ def data() -> TensorDataset:
 def fit(callback: L.Callback, module: Net | None = None, **options: Any) -> tuple[Net, L.Trainer]:
     torch.manual_seed(0)
     module = module or Net()
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    trainer = L.Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        callbacks=[callback],
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        **{**quiet, **options},
-    )
-    trainer.fit(module, DataLoader(data(), batch_size=8), DataLoader(data(), batch_size=96))
-    return module, trainer
+    return module, quiet_fit(module, callback, data(), **options)
 
 
 def reproduces_validation(module: Net, trainer: L.Trainer, callback: QuantizationAwareTraining) -> None:

@@ -129,9 +129,11 @@ def test_a_rule_makes_the_ranges_of_outputs_and_their_readers_before_anything_is
             assert (whole.ranges()[reader].low, whole.ranges()[reader].high) == (trained.low, trained.high)
 
 
+@pytest.mark.parametrize(("observer", "observing"), [(None, 1), (percentile, 2)])
 def test_inputs_and_outputs_cost_one_collective_a_step_and_none_once_frozen(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, observer: RangeRule | None, observing: int
 ) -> None:
+    """A rule's counts cost one more, of all inputs and outputs together, while they are observed."""
     calls, by_step = [], []
 
     class Note(L.Callback):
@@ -141,9 +143,9 @@ def test_inputs_and_outputs_cost_one_collective_a_step_and_none_once_frozen(
 
     monkeypatch.setattr(sharding, "world_size", lambda: 2)
     monkeypatch.setattr(sharding.dist, "all_reduce", lambda tensor, op: calls.append(op))
-    callback = qat((2, 4, 12))
+    callback = QuantizationAwareTraining(window=(2, 4, 12), details=Details(outputs=True, observer=observer))
     fit(tmp_path, callback, Note())
-    assert by_step == [0] * 2 + [1] * 10 + [0] * 4
+    assert by_step == [0] * 2 + [observing] * 2 + [1] * 8 + [0] * 4
     assert output_key("blocks.0.bn2") in callback.ranges()
 
 

@@ -22,6 +22,7 @@ from lightning_compress.quantization.learned_steps import LSQ
 from lightning_compress.quantization.noise import Noise
 from lightning_compress.quantization.ranges import RangeRule, Seen, mean_square_error, min_max, percentile
 from lightning_compress.quantization.weights import Symmetric
+from tests.callbacks.quiet import quiet_fit
 
 STEPS, WINDOW = 12, (2, 5, 9)
 SHARE = functools.partial(percentile, share=0.95)
@@ -72,17 +73,7 @@ def fit(callback: L.Callback, module: Net | None = None, **options: Any) -> tupl
     if module is None:
         torch.manual_seed(0)
         module = Net()
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    trainer = L.Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        callbacks=[callback],
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        **{**quiet, **options},
-    )
-    trainer.fit(module, DataLoader(data(), batch_size=8), DataLoader(data(), batch_size=96))
-    return module, trainer
+    return module, quiet_fit(module, callback, data(), **options)
 
 
 def qat(observer: RangeRule | None = None, noise: Noise | None = None, **options: Any) -> QuantizationAwareTraining:

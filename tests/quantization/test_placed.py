@@ -12,6 +12,7 @@ from lightning_compress.export.onnx import export_onnx, kernel_counts
 from lightning_compress.quantization.attach import Phase, attach, detach
 from lightning_compress.quantization.dataflow import watched
 from lightning_compress.quantization.details import Details
+from lightning_compress.quantization.gathered import Gathered
 from lightning_compress.quantization.observers import fold_extremes
 from lightning_compress.quantization.outputs import OUTPUT_STATE, rounded_as_trained
 from lightning_compress.quantization.placed import PlacedOutputs
@@ -24,7 +25,10 @@ def trained(steps: int) -> tuple[nn.Module, PlacedOutputs, dict]:
     module = network(Block(), Block())
     names = convolutions(module)
     inputs = {name: attach(module.get_submodule(name)) for name in names}
-    optimizer, outputs = torch.optim.SGD(module.parameters(), 0.05), PlacedOutputs(Details(outputs=True))
+    optimizer, outputs = (
+        torch.optim.SGD(module.parameters(), 0.05),
+        PlacedOutputs(Details(outputs=True), Gathered(None)),
+    )
     for step in range(steps):
         phase = (Phase.OBSERVE, Phase.ROUND, Phase.FROZEN)[min(2, step // 3)]
         if step == 0:
@@ -70,7 +74,7 @@ def test_a_checkpoint_brings_places_and_ranges_back() -> None:
     file = io.BytesIO()
     torch.save(outputs.state_dict(), file)
     file.seek(0)
-    again = PlacedOutputs(Details(outputs=True))
+    again = PlacedOutputs(Details(outputs=True), Gathered(None))
     again.load_state_dict(torch.load(file, weights_only=True))
     assert again.places == outputs.places
     assert again.ranges() == outputs.ranges()
@@ -83,7 +87,7 @@ def test_a_checkpoint_brings_places_and_ranges_back() -> None:
 
 
 def test_outputs_that_saw_nothing_stay_off() -> None:
-    outputs = PlacedOutputs(Details(outputs=True))
+    outputs = PlacedOutputs(Details(outputs=True), Gathered(None))
     outputs.share({})
     module = nn.Sequential(nn.Identity(), nn.Linear(2, 2))
     outputs.attach(module, trained(1)[1].places[:0])
