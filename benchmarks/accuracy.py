@@ -8,7 +8,6 @@ results/accuracy.json, and what is there already is not run again; `--table` wri
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import time
@@ -20,11 +19,13 @@ from typing import Any
 
 import lightning as L
 import torch
+from cells import load, save
 from images import DATA_DIR, Data, batches, digits, fashion_mnist
 from methods import METHODS, WITHOUT_SPARSITY, Run
 from networks import NETWORKS, Classifier, nonzero_count, weight_count
 from tables import tables
 from torch import nn
+from training import quiet_trainer
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "accuracy.json"
@@ -57,17 +58,8 @@ TASKS = {
 
 def fit(net: nn.Module, data: Data, seed: int, steps: int, callbacks: list[L.Callback], epoch: int | None) -> nn.Module:
     """Train by a Lightning Trainer; `epoch` cuts the run into epochs of so many steps, for callbacks that need them."""
-    trainer = L.Trainer(
-        accelerator="cpu",
-        max_steps=steps,
-        max_epochs=-1 if epoch is None else steps // epoch,
-        limit_train_batches=epoch,
-        callbacks=callbacks,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-    )
+    epochs = -1 if epoch is None else steps // epoch
+    trainer = quiet_trainer(callbacks, max_steps=steps, max_epochs=epochs, limit_train_batches=epoch)
     torch.manual_seed(seed)
     trainer.fit(Classifier(net.train(), LEARNING_RATE), batches(data, seed))
     return net
@@ -141,19 +133,6 @@ def key(cell: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(cell[name] for name in ("task", "method", "sparsity", "seed"))
 
 
-def load(path: Path) -> list[dict[str, Any]]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-
-
-def save(path: Path, cells: list[dict[str, Any]]) -> None:
-    """Write one cell a line, by a file beside it: an interrupted run leaves the old one whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(json.dumps(cell) for cell in sorted(cells, key=key))
-    beside = path.with_suffix(".part")
-    beside.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
-    beside.replace(path)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=TASKS, default="lenet-300-100")
@@ -177,7 +156,7 @@ def main() -> None:
         if (name, method, sparsity, seed) in map(key, load(options.out)):
             continue
         cell = measure(name, method, sparsity, seed, fashion or digits(seed), options.cache)
-        save(options.out, [*load(options.out), cell])
+        save(options.out, sorted([*load(options.out), cell], key=key))
         print(f"{name} {method} {sparsity:g} seed {seed}: {cell['accuracy']:.2f} ({cell['seconds']:.0f} s)", flush=True)
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import logging
 import os
 import sys
@@ -29,8 +28,10 @@ import datasets
 import lightning.pytorch as L
 import torch
 import transformers
+from cells import load, save
 from torch import Tensor
 from torch.utils.data import DataLoader
+from training import quiet_trainer
 from transformers import AutoTokenizer
 
 from lightning_compress import Distillation, GradualPruning, Linear, SparsityRegularization
@@ -103,16 +104,7 @@ QUESTIONS = {"recipes": RECIPES, "law": LAW}
 
 def fit(model: TextClassifier, data: RottenTomatoes, recipe: Recipe, callbacks: list[L.Callback]) -> float:
     """Train in bfloat16 autocast, and return the percentage of test sentences that are classified right."""
-    trainer = L.Trainer(
-        accelerator="cpu",
-        max_epochs=recipe.epochs,
-        precision="bf16-mixed",
-        callbacks=callbacks,
-        logger=False,
-        enable_progress_bar=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-    )
+    trainer = quiet_trainer(callbacks, max_epochs=recipe.epochs, precision="bf16-mixed")
     options = {"batch_size": recipe.batch_size, "shuffle": True, "drop_last": True, "collate_fn": data.batch_of}
     trainer.fit(model, DataLoader(data.train, **options))
     return 100.0 * trainer.test(model, data, verbose=False)[0]["test_accuracy"]
@@ -157,19 +149,6 @@ def measure(name: str, recipe: Recipe, seed: int, data: RottenTomatoes, cache: P
     kept = sum(int(torch.count_nonzero(weight)) for weight in weights) / sum(weight.numel() for weight in weights)
     seconds = round(time.perf_counter() - started)
     return {"recipe": name, "seed": seed, "accuracy": round(accuracy, 2), "kept": round(kept, 6), "seconds": seconds}
-
-
-def load(path: Path) -> list[Cell]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-
-
-def save(path: Path, cells: list[Cell]) -> None:
-    """Write one cell a line, by a file beside it: an interrupted run leaves the old one whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(json.dumps(cell) for cell in cells)
-    beside = path.with_suffix(".part")
-    beside.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
-    beside.replace(path)
 
 
 def table(cells: list[Cell], recipes: dict[str, Recipe]) -> Iterator[str]:

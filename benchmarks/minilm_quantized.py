@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -23,13 +21,15 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
-from int8 import cpu_times, processor, spread
-from minilm import LATER, RottenTomatoes, TextClassifier, encoder_weights, load, reviews, save, silence
+from cells import load, save
+from int8 import processor
+from int8_files import COLUMNS, columns, compared
+from minilm import LATER, RottenTomatoes, TextClassifier, encoder_weights, reviews, silence
 from torch import Tensor
 from torch.utils.data import DataLoader
+from training import quiet_trainer
 
-from lightning_compress import QuantizationAwareTraining, export_onnx
-from lightning_compress.export.onnx import int8_report, onnx_session
+from lightning_compress import QuantizationAwareTraining
 from lightning_compress.quantization.dynamic import dynamically_quantized
 from lightning_compress.quantization.outputs import Ranges, rounded_as_trained
 from lightning_compress.quantization.posttraining import quantize_post_training
@@ -47,15 +47,7 @@ Row = tuple[TextClassifier, AbstractContextManager[Any], Ranges | None]
 
 
 def fit(model: TextClassifier, data: RottenTomatoes, steps: int, seed: int, callbacks: list[L.Callback]) -> None:
-    trainer = L.Trainer(
-        accelerator="cpu",
-        max_steps=steps,
-        callbacks=callbacks,
-        logger=False,
-        enable_progress_bar=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-    )
+    trainer = quiet_trainer(callbacks, max_steps=steps)
     L.seed_everything(seed, verbose=False)
     trainer.fit(model, DataLoader(data.train, BATCH, shuffle=True, drop_last=True, collate_fn=data.batch_of))
     model.eval()
@@ -124,31 +116,6 @@ def predicted(model: TextClassifier, batches: list[dict[str, Tensor]]) -> Tensor
     return torch.cat([model(**tokens(batch)).argmax(1) for batch in batches])
 
 
-def the_file(model: TextClassifier, ranges: Ranges, batches: list[dict[str, Tensor]], wanted: Tensor) -> Cell:
-    """Write the int8 file and the float one; compare the first with the model, and time both on one sentence."""
-    example = {name: value[:4] for name, value in tokens(batches[0]).items()}
-    one = {name: value[:1].numpy() for name, value in example.items()}
-    options: dict[str, Any] = {"dynamic_sequence": True}
-    with tempfile.TemporaryDirectory() as folder:
-        paths = {"float32": Path(folder) / "float.onnx", "int8": Path(folder) / "int8.onnx"}
-        export_onnx(model, paths["float32"], example, **options)
-        export_onnx(model, paths["int8"], example, ranges=ranges, **options)
-        sessions = {name: onnx_session(path) for name, path in paths.items()}
-        each = [{name: value.numpy() for name, value in tokens(batch).items()} for batch in batches]
-        got = torch.cat([torch.from_numpy(sessions["int8"].run(None, feed)[0]).argmax(1) for feed in each])
-        times = cpu_times({n: lambda s=s: s.run(None, one) for n, s in sessions.items()}, 40, warm=2)
-        report = int8_report(paths["int8"])
-        return {
-            "agreement": float((got == wanted).float().mean()),
-            "int8_ms": spread(times["int8"]),
-            "float32_ms": spread(times["float32"]),
-            "speedup": spread(times["float32"] / times["int8"]),
-            "kernels": dict(Counter(kernel.operator for kernel in report.kernels if kernel.integer)),
-            "float_kernels": dict(Counter(f"{kernel.operator}: {kernel.reason}" for kernel in report.floats)),
-            "file_bytes": {n: path.stat().st_size for n, path in paths.items()},
-        }
-
-
 def measure(name: str, seed: int, data: RottenTomatoes, cache: Path) -> Cell:
     dense = kept(cache / f"dense-{seed}.pt", seed, data, DENSE_STEPS, None)
     dense.hparams.learning_rate = LEARNING_RATE / 4
@@ -166,30 +133,22 @@ def measure(name: str, seed: int, data: RottenTomatoes, cache: Path) -> Cell:
         "seconds": round(time.perf_counter() - began),
         "machine": processor(),
     }
-    return cell | ({"file": the_file(model, ranges, test, found)} if ranges else {})
+    if ranges is None:
+        return cell
+    inputs = [tokens(batch) for batch in test]
+    return cell | {"file": compared(model, ranges, inputs, found, 40, dynamic_sequence=True)}
 
 
 def table(cells: list[Cell]) -> Iterator[str]:
     """Yield the table in Markdown: accuracy and, of rows with an int8 file, what that computes."""
-    yield "| | accuracy | file agrees, % (worst seed) | integer kernels | file bytes | faster |"
+    yield f"| | accuracy | {COLUMNS} |"
     yield "| --- | ---: | ---: | --- | ---: | ---: |"
     for name in METHODS:
         own = [cell for cell in cells if cell["recipe"] == name]
         if own:
             values = [cell["accuracy"] for cell in own]
             spread = f"{mean(values):.1f} ({', '.join(f'{value:.1f}' for value in values)})"
-            yield f"| {' | '.join([name, spread, *of_file([cell['file'] for cell in own if 'file' in cell])])} |"
-
-
-def of_file(files: list[Cell]) -> Iterator[str]:
-    if not files:
-        yield from "----"
-        return
-    yield f"{100 * min(each['agreement'] for each in files):.1f}"
-    kernels = ", ".join(f"{count} {name}" for name, count in files[0]["kernels"].items())
-    yield f"{kernels}; {sum(files[0]['float_kernels'].values())} float"
-    yield f"{mean(each['file_bytes']['int8'] / each['file_bytes']['float32'] for each in files):.3f}"
-    yield f"{mean(each['speedup']['median'] for each in files):.2f}"
+            yield f"| {' | '.join([name, spread, *columns(own)])} |"
 
 
 def main() -> None:

@@ -20,7 +20,6 @@ import dataclasses
 import json
 import logging
 import os
-import tempfile
 import time
 import warnings
 from collections import Counter
@@ -31,24 +30,23 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
-import onnx
 import torch
-from accuracy import LATER, load, save
+from accuracy import LATER
+from cells import load, save
 from images import DATA_DIR, Data, fashion_mnist
-from int8 import cpu_times, processor, spread
+from int8 import processor
+from int8_files import compared
 from networks import NETWORKS, Classifier
-from onnx import numpy_helper
 from posttraining import as_imagenet, pretrained
 from quantized_tables import tables
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.lr_scheduler import LinearLR
 from torch.utils.data import DataLoader, RandomSampler
+from training import quiet_trainer
 
 from lightning_compress import GradualPruning, QuantizationAwareTraining
 from lightning_compress.callbacks.quantization import Details
-from lightning_compress.export.onnx import export_onnx, int8_report, onnx_session
 from lightning_compress.quantization.learned_steps import LSQ, LSQPlus
 from lightning_compress.quantization.lowbit import Binary, Ternary
 from lightning_compress.quantization.mixed import choose_bits, weight_bytes
@@ -209,15 +207,7 @@ def loader(task: Task, data: Data, seed: int) -> DataLoader:
 
 
 def fit(task: Task, net: nn.Module, data: Data, seed: int, steps: int, callbacks: list[L.Callback]) -> nn.Module:
-    trainer = L.Trainer(
-        accelerator="cpu",
-        max_steps=steps,
-        callbacks=callbacks,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-    )
+    trainer = quiet_trainer(callbacks, max_steps=steps)
     torch.manual_seed(seed)
     trainer.fit(Tuned(net.train(), task.learning_rate), loader(task, data, seed))
     return net.eval()
@@ -273,40 +263,11 @@ def integers_only(ranges: Ranges | None) -> bool:
 
 
 def the_file(task: Task, net: nn.Module, ranges: Ranges, data: Data, runs: int) -> dict[str, Any]:
-    """Write the int8 file and the float one; compare the first with the net, and time both."""
     images = task.images(data.test.tensors[0][:2000])
     net = net.to(memory_format=torch.contiguous_format)
-    with tempfile.TemporaryDirectory() as folder:
-        paths = {"float32": Path(folder) / "float.onnx", "int8": Path(folder) / "int8.onnx"}
-        export_onnx(net, paths["float32"], (images[:8],))
-        export_onnx(net, paths["int8"], (images[:8],), ranges=ranges)
-        sessions = {name: onnx_session(path) for name, path in paths.items()}
-        name = sessions["int8"].get_inputs()[0].name
-        got = [sessions["int8"].run(None, {name: batch.numpy()})[0].argmax(1) for batch in images.split(250)]
-        with rounded_as_trained(net, ranges):
-            wanted = predicted(net, images)
-        one = {name: images[:1].numpy()}
-        times = cpu_times({n: lambda s=s: s.run(None, one) for n, s in sessions.items()}, runs, warm=2)
-        report = int8_report(paths["int8"])
-        stored = weights_stored(paths["int8"])
-        return {
-            "agreement": float(np.mean(np.concatenate(got) == wanted.numpy())),
-            "int8_ms": spread(times["int8"]),
-            "float32_ms": spread(times["float32"]),
-            "speedup": spread(times["float32"] / times["int8"]),
-            "kernels": dict(Counter(each.operator for each in report.kernels if each.integer)),
-            "float_kernels": [f"{each.operator} of {each.layer}: {each.reason}" for each in report.floats],
-            "file_bytes": {n: path.stat().st_size for n, path in paths.items()},
-            "weight_types": dict(Counter(str(each.dtype) for each in stored)),
-            "zeros": sum(int((each == 0).sum()) for each in stored),
-            "weights": sum(each.size for each in stored),
-        }
-
-
-def weights_stored(path: Path) -> list[np.ndarray]:
-    """Return every matrix or kernel in a file."""
-    arrays = [numpy_helper.to_array(each) for each in onnx.load(path).graph.initializer]
-    return [each for each in arrays if each.ndim >= 2 and each.size > 1]
+    with rounded_as_trained(net, ranges):
+        wanted = predicted(net, images)
+    return compared(net, ranges, [(batch,) for batch in images.split(250)], wanted, runs)
 
 
 def zeros(net: nn.Module) -> int:
@@ -321,7 +282,6 @@ def measure(name: str, method: str, seed: int, data: Data, options: argparse.Nam
     cell = {
         "task": name,
         "method": method,
-        "sparsity": 0.0,
         "seed": seed,
         "accuracy": accuracy(task, net, ranges, data),
         "zeros": zeros(net),

@@ -26,6 +26,7 @@ from images import BATCH, DATA_DIR, Data, batches, fashion_mnist
 from networks import resnet8
 from torch import Tensor, nn
 from torch.nn import functional
+from training import quiet_trainer
 
 from lightning_compress import StructuredPruning, export_onnx
 from lightning_compress.export.onnx import onnx_session
@@ -72,16 +73,7 @@ class StepTimes(L.Callback):
 
 
 def fit(net: nn.Module, data: Data, seed: int, steps: int, callbacks: list[L.Callback]) -> nn.Module:
-    trainer = L.Trainer(
-        max_steps=steps,
-        accelerator="cpu",
-        precision="bf16-mixed",
-        callbacks=callbacks,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = quiet_trainer(callbacks, max_steps=steps, precision="bf16-mixed")
     trainer.fit(Classifier(net.train(), steps), batches(data, seed))
     return net.eval()
 
