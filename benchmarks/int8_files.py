@@ -80,8 +80,9 @@ def _weights(path: Path) -> list[np.ndarray]:
 def columns(cells: list[dict[str, Any]]) -> Iterator[str]:
     """Yield what `COLUMNS` names of one row's files, of all seeds; dashes where there are none."""
     files = [cell["file"] for cell in cells if "file" in cell]
-    if not files:
-        yield from "----"
+    refused = [cell["refused"] for cell in cells if "refused" in cell]
+    if refused or not files:
+        yield from (f"refused: {refused[0].split(' has ')[-1].split(',')[0]}" if refused else "-", "-", "-", "-")
         return
     kernels = ", ".join(f"{count} {name}" for name, count in files[0]["kernels"].items())
     yield f"{100 * min(each['agreement'] for each in files):.2f}"

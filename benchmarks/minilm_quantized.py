@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader
 from training import quiet_trainer
 
 from lightning_compress import QuantizationAwareTraining
+from lightning_compress.export.biases import round_biases
 from lightning_compress.quantization.dynamic import dynamically_quantized
 from lightning_compress.quantization.outputs import Ranges, rounded_as_trained
 from lightning_compress.quantization.posttraining import quantize_post_training
@@ -74,6 +75,7 @@ def trained(weights: int, dense: TextClassifier, tuned: TextClassifier, data: Ro
     model, qat = copy.deepcopy(dense), QuantizationAwareTraining(weights, 8, WINDOW, ENCODER)
     fit(model, data, STEPS, seed + LATER, [qat])
     ranges = qat.ranges()
+    round_biases(model, ranges, calibration(data)[0])
     return model, rounded_as_trained(model, ranges), ranges
 
 
@@ -87,6 +89,7 @@ def tokens(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def static(dense: TextClassifier, tuned: TextClassifier, data: RottenTomatoes, seed: int) -> Row:
     ranges = quantize_post_training(tuned, calibration(data), 8, 8, include=ENCODER)
+    round_biases(tuned, ranges, calibration(data)[0])
     return tuned, rounded_as_trained(tuned, ranges), ranges
 
 

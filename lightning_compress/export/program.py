@@ -18,17 +18,15 @@ from torch.utils import _pytree as pytree
 
 from lightning_compress.errors import CompressError
 from lightning_compress.export.integer import check_grids, layer_codes, scaled_codes
+from lightning_compress.export.norms import called, norms_behind
 from lightning_compress.export.replacing import written_at_the_end
 from lightning_compress.export.tracing import Inputs, OpenSizes, evaluating, inputs_beside, open_shapes
 from lightning_compress.export.verify import LEAST_SQNR_DB, sqnr_db
 from lightning_compress.quantization.attach import QUANTIZABLE
 from lightning_compress.quantization.attention import is_product_key
-from lightning_compress.quantization.dataflow import watched
 from lightning_compress.quantization.grid import Range
 from lightning_compress.quantization.outputs import OutputRange, Ranges, outputs_of, rounded_as_trained
-from lightning_compress.quantization.placement import NORMS
 from lightning_compress.quantization.projections import projections_in
-from lightning_compress.sharding import clean_name
 
 __all__ = ["ReferenceLayer", "export_program", "reference_module"]
 
@@ -138,7 +136,7 @@ def reference_module(module: nn.Module, ranges: Ranges, example_inputs: Inputs) 
             f"expected ranges of layers that the forward calls and of modules' outputs, got {unplaced} of attention; "
             "leave them out of ranges, and they stay in floating point"
         )
-    norms = _norms_behind(module, layers, inputs_beside(module, example_inputs))
+    norms = norms_behind(module, layers, inputs_beside(module, example_inputs))
     clone = copy.deepcopy(module).eval().requires_grad_(False)
     for name, trained in layers.items():
         layer = clone.get_submodule(name)
@@ -159,28 +157,6 @@ def reference_module(module: nn.Module, ranges: Ranges, example_inputs: Inputs) 
     for name, trained_output in outputs.items():
         clone.get_submodule(name).register_forward_hook(_RoundOutput(trained_output))
     return clone
-
-
-def _norms_behind(module: nn.Module, layers: dict[str, Range], inputs: Inputs) -> dict[str, str]:
-    """Return the batch norm that alone reads a convolution's output, by the convolution's name, both called once."""
-    with evaluating(module), watched(module) as flow:
-        _called(module, inputs)
-    kinds = {clean_name(name): part for name, part in module.named_modules()}
-    readers, found = flow.readers(), {}
-    for index, step in enumerate(flow.steps):
-        name = step.modules[-1] if step.modules else ""
-        if "convolution" not in step.operator or name not in layers or len(readers[index]) != 1:
-            continue
-        behind = flow.steps[readers[index][0]]
-        norm = behind.modules[-1]
-        once = flow.calls[name] == 1 and flow.calls[norm] == 1
-        if behind.operator in NORMS and isinstance(kinds.get(norm), nn.BatchNorm1d | nn.BatchNorm2d) and once:
-            found[name] = norm
-    return found
-
-
-def _called(module: nn.Module, inputs: Inputs) -> Any:
-    return module(**inputs) if isinstance(inputs, dict) else module(*inputs)
 
 
 def export_program(
@@ -217,8 +193,8 @@ def export_program(
 
 def _compare(module: nn.Module, ranges: Ranges, inputs: Inputs, program: nn.Module) -> None:
     with evaluating(module), rounded_as_trained(module, ranges):
-        expected = pytree.tree_leaves(_called(module, inputs))
-    for reference, got in zip(expected, pytree.tree_leaves(_called(program, inputs)), strict=True):
+        expected = pytree.tree_leaves(called(module, inputs))
+    for reference, got in zip(expected, pytree.tree_leaves(called(program, inputs)), strict=True):
         if not isinstance(reference, Tensor) or not reference.is_floating_point() or not reference.numel():
             continue
         ratio_db = sqnr_db(np.asarray(reference.cpu()), np.asarray(got.cpu()))

@@ -62,6 +62,16 @@ class Projection(nn.Module):
         whole = rows in (slice(None), slice(0, len(self.weight)))
         return functional.linear(input, self.weight if whole else self.weight[rows], bias)
 
+    @property
+    def bias_rows(self) -> Tensor | None:
+        """The rows of the attention's own bias that are added to this product, a view; None without a bias."""
+        if self.name == "out_proj":
+            return self.attention.out_proj.bias
+        whole, first = self.attention.in_proj_bias, ("q_proj", "k_proj", "v_proj")
+        if whole is None or self.name not in first:
+            return whole
+        return whole.chunk(3)[first.index(self.name)]
+
     def rows_of(self, weight: Tensor) -> slice | None:
         """Return which rows of the projection a weight is, whole or a view of it; None if it is something else."""
         own = self.weight
