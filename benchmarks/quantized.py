@@ -52,6 +52,7 @@ from lightning_compress.export.biases import round_biases
 from lightning_compress.quantization.learned_steps import LSQ, LSQPlus
 from lightning_compress.quantization.lowbit import Binary, Ternary
 from lightning_compress.quantization.mixed import choose_bits, weight_bytes
+from lightning_compress.quantization.output_calibration import calibrate_outputs
 from lightning_compress.quantization.outputs import Ranges, rounded_as_trained
 from lightning_compress.quantization.posttraining import quantize_post_training
 
@@ -145,7 +146,7 @@ def after_training(weights: int, inputs: int) -> Callable[[Run], Row]:
         net = run.tuned()
         ranges = quantize_post_training(net, run.seen, weights, inputs, include=LAYERS)
         wide = {name: dataclasses.replace(ranges[name], bits=8, weight_bits=8) for name in run.ends}
-        return net, {**ranges, **wide}
+        return net, calibrate_outputs(net, run.seen, {**ranges, **wide})
 
     return run
 
