@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning.pytorch as L
-import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from lightning_compress.callbacks.clock import restore_data_place
+from lightning_compress.callbacks.clock import Clock, restore_data_place, run_length
 from lightning_compress.callbacks.contract import (
     check_state,
     check_strategy,
@@ -22,75 +21,82 @@ from lightning_compress.callbacks.contract import (
     saved_state,
     state_key,
 )
+from lightning_compress.callbacks.lesson import Lesson
 from lightning_compress.callbacks.order import Claim, check_together
-from lightning_compress.callbacks.probe import first_student_call, uncompiled
-from lightning_compress.callbacks.step import intercept, with_loss
+from lightning_compress.callbacks.probe import first_student_call
 from lightning_compress.distillation.comparing import takes_temperature
+from lightning_compress.distillation.details import Details
 from lightning_compress.distillation.losses import soft_targets
-from lightning_compress.distillation.taps import Call, Tap, logits_of
-from lightning_compress.distillation.teachers import Teacher, TeacherCheckpoint, build_teacher, call_teacher
+from lightning_compress.distillation.own_teachers import MeanTeacher, Peer, StartingModel, copy_of, follow
+from lightning_compress.distillation.running import RunningTeacher
+from lightning_compress.distillation.taps import Call, logits_of
+from lightning_compress.distillation.teachers import Teacher, TeacherCheckpoint, build_teacher
+from lightning_compress.distillation.teaching import LogitTerm, Teaching
+from lightning_compress.distillation.terms import LayerTerm, tapped_terms
+from lightning_compress.distillation.weighing import Weight, check_temperatures, check_weights
 from lightning_compress.errors import CompressError
 
 __all__ = ["Distillation"]
 
 DEFAULT_TEMPERATURE = 2.0
+OWN = (StartingModel, MeanTeacher)
 
 
 class Distillation(L.Callback):
-    """Train towards a teacher's outputs as well: `(1 - weight) * task loss + weight * distillation loss`.
+    """Train towards a teacher as well: `(1 - weight) * task loss + weight * distillation loss`, and terms of layers.
 
     Runs around each `training_step`, which needs no change: the student's inputs and outputs are read where the step
-    calls it, the teacher sees the same inputs without gradient. Validation is not touched. Both terms are logged, as
-    `compress/loss/task` and `compress/loss/kd`. Hinton, Vinyals & Dean 2015.
+    calls it, the teacher sees the same inputs without gradient. Validation is not touched. Each term is logged as
+    `compress/loss/<name>`: "task", "kd" for the logits', and the names of the layers' losses. Hinton, Vinyals & Dean
+    2015.
 
     Args:
-        teacher: a module; the path of a checkpoint of the student's class; or a callable that builds a module, such
-            as `TeacherCheckpoint`. It is held here, never in the LightningModule, its checkpoints or its optimizer.
-        weight: share of the distillation loss, in [0, 1]; 0 is plain training.
-        temperature: softens both distributions; above 0.
-        loss: (student logits, teacher logits, temperature) -> scalar, or without the temperature, as `logit_mse`.
+        teacher: a module; the path of a checkpoint of the student's class; a callable that builds a module, such as
+            `TeacherCheckpoint`; or one that comes from the student: `StartingModel()`, `MeanTeacher()`, `Peer(name)`.
+            It is held here, never in the LightningModule, its checkpoints or its optimizer.
+        weight: share of the logits' loss, in [0, 1], or a schedule of progress; 0 is plain training but for `layers`.
+        temperature: softens both distributions; above 0, or a schedule.
+        loss: (student logits, teacher logits, temperature) -> scalar, or without the temperature, as `logit_mse`. It
+            gets `labels` and a `mask` of the tokens if it has parameters of these names.
         student: name of the submodule that the step calls; None finds it.
-        outputs: model output -> logits; None takes a tensor, `.logits`, `["logits"]` or the first of a tuple.
-        inputs: batch -> the teacher's inputs (a tuple, a dict or one tensor); None repeats the student's.
+        layers: further terms, of layers' values: `LayerTerm`.
         enabled: False is plain training.
+        details: what most runs leave as it is.
 
     Raises:
-        ValueError: an option out of its range, or logits of another shape than the student's.
+        ValueError: an option out of its range, or values of shapes that cannot be compared.
         TypeError: the teacher cannot be called with the student's inputs.
         CompressError: the step calls no student, or several.
     """
 
     def __init__(
         self,
-        teacher: nn.Module | TeacherCheckpoint | Callable[[], nn.Module] | str,
-        weight: float = 0.5,
-        temperature: float = DEFAULT_TEMPERATURE,
+        teacher: nn.Module | TeacherCheckpoint | StartingModel | MeanTeacher | Peer | Callable[[], nn.Module] | str,
+        weight: float | Callable[[float], float] = 0.5,
+        temperature: float | Callable[[float], float] = DEFAULT_TEMPERATURE,
         loss: Callable[..., Tensor] = soft_targets,
         student: str | None = None,
-        outputs: Callable[[Any], Tensor] | None = None,
-        inputs: Callable[[Any], Any] | None = None,
+        layers: LayerTerm | Sequence[LayerTerm] = (),
         enabled: bool = True,
+        details: Details | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(weight, bool) or not 0.0 <= weight <= 1.0:
-            raise ValueError(f"weight is the distillation loss's share in [0, 1], got {weight}")
-        if not (math.isfinite(temperature) and temperature > 0):
-            raise ValueError(f"temperature must be a positive number, got {temperature}")
-        self.source: Teacher = teacher
-        self.weight, self.temperature = float(weight), float(temperature)
+        self.source: Teacher | StartingModel | MeanTeacher | Peer = teacher
+        self.weight: Weight = check_weights(weight)
+        self.temperature: Weight = check_temperatures(temperature)
         self.loss, self.student = loss, student
-        self._options = (self.temperature,) if takes_temperature(loss) else ()
-        if not self._options and temperature != DEFAULT_TEMPERATURE:
+        if not takes_temperature(loss) and temperature != DEFAULT_TEMPERATURE:
             raise ValueError(f"temperature={temperature} was given, but {loss} takes no temperature; leave it out")
-        self.outputs = outputs or logits_of
-        self.inputs = inputs
-        self.enabled = enabled and weight > 0.0
+        self.layers = (layers,) if isinstance(layers, LayerTerm) else tuple(layers)
+        self.details = details or Details()
+        if isinstance(teacher, Peer) and (self.layers or student is None):
+            raise ValueError("a Peer teaches by its logits a student that is named: pass student='name', and no layers")
+        self.enabled = enabled and (weight != 0.0 or bool(self.layers))
         self.teacher: nn.Module | None = None
-        self._modes: list[tuple[nn.Module, bool]] = []
-        self._tap = Tap()
-        self._listening = self._used = False
-        self._batch: Any = None
+        self.clock = Clock()
+        self.lesson: Lesson | None = None
         self._undo: list[Callable[[], None]] = []
+        self._restored: dict[str, Any] | None = None
 
     @property
     def complete(self) -> bool:
@@ -98,12 +104,18 @@ class Distillation(L.Callback):
         return True
 
     def claims(self) -> list[Claim]:
-        """Say whose loss this callback changes."""
-        return [Claim(type(self).__name__, "distil", frozenset({"training_step"}))] if self.enabled else []
+        """Say whose loss this callback changes: the whole step's, or a named student's."""
+        taught = "training_step" if self.student is None else f"training_step of '{self.student}'"
+        return [Claim(type(self).__name__, "distil", frozenset({taught}))] if self.enabled else []
 
     def recipe(self) -> dict[str, Any]:
         """Return the options as primitives, as a checkpoint and a logger keep them."""
-        return {option: described(getattr(self, option)) for option in ("weight", "temperature", "loss", "student")}
+        options: dict[str, Any] = {
+            option: described(getattr(self, option)) for option in ("weight", "temperature", "loss", "student")
+        }
+        own = {"teacher": described(self.source)} if isinstance(self.source, (*OWN, Peer)) else {}
+        layers = {"layers": described(self.layers)} if self.layers else {}
+        return options | own | layers | ({} if self.details == Details() else {"details": described(self.details)})
 
     # Attaching and detaching
 
@@ -113,37 +125,83 @@ class Distillation(L.Callback):
         check_strategy(trainer, self)
         check_together(trainer.callbacks)  # type: ignore[attr-defined]
         self._release()
-        self.teacher = build_teacher(self.source, pl_module)
-        self._modes = [(module, module.training) for module in self.teacher.modules()]
-        self.teacher.eval()
+        if trainer.global_step == 0:  # a fresh run with the same callback object
+            self.clock.reset()
+            self._restored = None
+        self.lesson = Lesson(self._teaching(), self.student, self.weight, self.temperature)
         if is_final_at_setup(pl_module):
-            self._try_on_examples(trainer, pl_module)
-        self._wrap(pl_module)
+            self._prepare(self.lesson, trainer, pl_module)
+        self._undo += self.lesson.attach(pl_module)
 
-    def _wrap(self, pl_module: L.LightningModule) -> None:
-        self._undo.append(intercept(pl_module, "training_step", functools.partial(self._around_step, pl_module)))
-        backward = torch.compiler.disable(functools.partial(self._around_backward, pl_module))  # type: ignore[no-untyped-call]
-        self._undo.append(intercept(pl_module, "manual_backward", backward))
+    def _teaching(self) -> Teaching:
+        return Teaching(
+            LogitTerm(self.loss, self.details.outputs or logits_of) if self.weight != 0.0 else None, self.details
+        )
 
-    def _try_on_examples(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Check student and teacher on two examples of the training data, before the first batch."""
+    def _prepare(self, lesson: Lesson, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Build the teacher, find the layers, and try both models on two examples. Runs once all layers exist."""
+        teaching = lesson.teaching
+        if isinstance(self.source, Peer):
+            lesson.listen_to_peer(pl_module, self.source.name)
+            return
+        teaching.same_part = isinstance(self.source, OWN)
+        built = copy_of(pl_module) if isinstance(self.source, OWN) else build_teacher(self.source, pl_module)
+        self.teacher, teaching.teacher = built, RunningTeacher(built, self.details)
         found = first_student_call(trainer, pl_module, self.student)
+        if self.layers:
+            self._tap(teaching, teaching.teacher, pl_module, found)
         if found is not None:
-            self._batch, call = found
-            with torch.no_grad():
-                self._term(call)
-            self._batch = None
+            lesson.tried_on(pl_module, *found)
+
+    def _tap(
+        self, teaching: Teaching, teacher: RunningTeacher, pl_module: L.LightningModule, found: tuple[Any, Call] | None
+    ) -> None:
+        """Attach to the layers of both models, by names in the module that the step calls."""
+        name = self.student if found is None else found[1].name
+        if name is None:
+            raise ValueError(
+                "layers= needs to know whose layers, but the step's student cannot be found before the first batch "
+                "(data that cannot be read by index, or a large model); pass student='name' of the submodule it calls"
+            )
+        student, other = pl_module.get_submodule(name), teacher.part(name if teaching.same_part else "")
+        batches = [None, None] if found is None else _batches(teaching, found, student, other)
+        teaching.terms = tapped_terms(self.layers, student, other, *batches)
+        self._undo += [undo for term in teaching.terms for undo in term.attach(student, other)]
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.teacher is not None:
-            if self.student is not None:
-                self._undo.append(self._tap.attach(pl_module, self.student))
-                self._listening = True
-            self.teacher = trainer.precision_plugin.convert_module(self.teacher).to(pl_module.device)
+        if self.lesson is None:
+            return
+        if not is_final_at_setup(pl_module):
+            self._prepare(self.lesson, trainer, pl_module)
+        self.lesson.start(pl_module, run_length(trainer, [0.0]) if self.lesson.scheduled else None)
+        running = self.lesson.teaching.teacher
+        if running is not None:
+            if isinstance(self.source, OWN):
+                running.module.load_state_dict(pl_module.state_dict())
+            running.move(trainer.precision_plugin.convert_module, pl_module.device)
+        self.clock.attach(trainer.optimizers, functools.partial(self._after_step, trainer, pl_module))
+        self.lesson.clock = self.clock
+
+    def _after_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer, time_moved: bool
+    ) -> None:
+        if self.lesson is None or not time_moved:
+            return
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        for term in self.lesson.teaching.terms:
+            term.projections.step(1.0 if scaler is None else scaler.get_scale())
+        if isinstance(self.source, MeanTeacher) and self.teacher is not None:
+            follow(self.teacher, pl_module, self.source.decay, self.clock.steps)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.teacher is not None:
-            restore_data_place(trainer)
+        if self.lesson is None:
+            return
+        restore_data_place(trainer)
+        if self._restored is not None:
+            self._take_over(self._restored)
+            self._restored = None
+        elif self.clock.steps == 0 and trainer.global_step > 0:  # resumed from a run without this callback
+            self.clock.start_at(trainer.global_step // max(1, len(trainer.optimizers)))
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._release()
@@ -152,112 +210,21 @@ class Distillation(L.Callback):
         self._release()
 
     def _release(self) -> None:
+        self.clock.detach()
         for undo in reversed(self._undo):
             undo()
-        for module, training in self._modes:
-            module.training = training
-        self._undo, self._modes, self.teacher = [], [], None
-        self._tap, self._listening, self._used = Tap(), False, False
+        if self.lesson is not None:
+            self._restored = self._state()  # for more epochs with the same Trainer
+            if self.lesson.teaching.teacher is not None:
+                self.lesson.teaching.teacher.release()
+        self._undo, self.teacher, self.lesson = [], None, None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to a running fit, so that the callback pickles and copies at any time."""
-        return {**self.__dict__, "_undo": [], "_tap": Tap(), "_listening": False, "_batch": None}
-
-    # The step
-
-    def _around_step(
-        self, pl_module: L.LightningModule, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        if not pl_module.trainer.training:  # a validation_step that calls training_step wants the task's loss
-            return original(*args, **kwargs)
-        searching = None if self._listening else self._tap.attach_outermost(pl_module)
-        self._batch = args[0] if args else next(iter(kwargs.values()))
-        self._tap.open = True
-        try:
-            with nullcontext() if searching is None else uncompiled():
-                output = original(*args, **kwargs)
-            self._tap.open = False
-            return self._combined(pl_module, output)
-        finally:
-            self._tap.open = False
-            self._tap.take()
-            self._batch = None
-            if searching is not None:
-                searching()
-
-    def _around_backward(
-        self, pl_module: L.LightningModule, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        # Closed meanwhile: activation checkpointing calls the student again inside the backward.
-        self._tap.open = False
-        try:
-            calls = self._tap.take()
-            loss = self._mixed(pl_module, args[0], calls) if calls else args[0]
-            return original(loss, *args[1:], **kwargs)
-        finally:
-            self._tap.open = True
-
-    def _combined(self, pl_module: L.LightningModule, output: Any) -> Any:
-        calls = self._tap.take()
-        if not pl_module.automatic_optimization:
-            if calls:
-                raise CompressError(
-                    "the student was called after the step's last manual_backward, or the step calls loss.backward() "
-                    "itself; call self.manual_backward(loss)"
-                )
-            return output
-        if output is None:
-            return output
-        if not calls and not self._listening:
-            raise CompressError(
-                f"training_step of {type(pl_module).__name__} called no trainable submodule, so there is no student to "
-                f"teach; call the model as self(...) or self.model(...), or pass student='name'"
-            )
-        if not calls:  # a named student that this step did not use
-            return output
-        return with_loss(output, lambda task: self._mixed(pl_module, task, calls))
-
-    def _mixed(self, pl_module: L.LightningModule, task: Tensor, calls: list[Call]) -> Tensor:
-        self._settle(pl_module, calls)
-        terms = [self._term(call) for call in calls]
-        term = torch.stack(terms).mean()
-        self._used = True
-        if not pl_module.trainer.barebones:
-            losses = {"compress/loss/task": task.detach(), "compress/loss/kd": term.detach()}
-            pl_module.log_dict(losses, batch_size=len(self.outputs(calls[0].output)))
-        return (1.0 - self.weight) * task + self.weight * term
-
-    def _settle(self, pl_module: L.LightningModule, calls: list[Call]) -> None:
-        names = sorted({call.name for call in calls})
-        if len(names) > 1:
-            raise CompressError(
-                f"training_step calls several models, {', '.join(map(repr, names))}; say whose outputs the teacher "
-                f"teaches, such as student='{names[-1]}'"
-            )
-        if not self._listening:
-            self._undo.append(self._tap.attach(pl_module, names[0]))
-            self._listening = True
-
-    def _term(self, call: Call) -> Tensor:
-        args, kwargs = call.args, call.kwargs
-        if self.inputs is not None:
-            given = self.inputs(self._batch)
-            args, kwargs = ((), dict(given)) if isinstance(given, Mapping) else (given, {})
-            args = args if isinstance(args, tuple) else (args,)
-        teacher = self.teacher
-        if teacher is None:
-            raise CompressError("Distillation is not set up; it works inside trainer.fit")
-        student_logits, teacher_logits = self.outputs(call.output), self.outputs(call_teacher(teacher, args, kwargs))
-        if student_logits.shape != teacher_logits.shape:
-            raise ValueError(
-                f"teacher and student must have logits of one shape, got {tuple(teacher_logits.shape)} from the "
-                f"teacher {type(teacher).__name__} and {tuple(student_logits.shape)} from the student "
-                f"'{call.name}'; use a teacher with the same classes, or pass outputs=a function that makes them equal"
-            )
-        return self.loss(student_logits, teacher_logits, *self._options)
+        return {**self.__dict__, "_undo": [], "lesson": None}
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.teacher is not None and not self._used:
+        if self.lesson is not None and not self.lesson.used:
             raise CompressError(
                 f"a whole epoch passed without a call of the student '{self.student}' that could be taught; "
                 f"check student=, or call self.manual_backward(loss) in manual optimization"
@@ -268,9 +235,46 @@ class Distillation(L.Callback):
     state_key = property(state_key)
     on_load_checkpoint = check_unclaimed
 
+    def _state(self) -> dict[str, Any]:
+        if self.lesson is None:
+            return self._restored or {}
+        teaching = self.lesson.teaching
+        state: dict[str, Any] = {"clock": self.clock.state_dict(), "sizes": dict(teaching.sizes.sizes)}
+        if teaching.terms:
+            state["projections"] = {term.name: term.projections.state_dict() for term in teaching.terms}
+        if isinstance(self.source, OWN) and self.teacher is not None:
+            state["teacher"] = {name: value.detach().cpu().clone() for name, value in self.teacher.state_dict().items()}
+        return state
+
+    def _take_over(self, state: dict[str, Any]) -> None:
+        if self.lesson is None or not state:
+            return
+        teaching = self.lesson.teaching
+        self.clock.load_state_dict(state["clock"])
+        teaching.sizes.sizes = dict(state["sizes"])
+        for term in teaching.terms:
+            term.projections.load_state_dict(state["projections"][term.name])
+        if "teacher" in state and self.teacher is not None:
+            self.teacher.load_state_dict(state["teacher"])
+
     def state_dict(self) -> dict[str, Any]:
-        return saved_state(self.recipe()) if self.enabled else {}
+        return saved_state(self.recipe(), **self._state()) if self.enabled else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self.enabled and state_dict:
             check_state(state_dict, self.recipe(), self)
+            self._restored = {key: value for key, value in state_dict.items() if key not in ("format", "recipe")}
+
+
+def _batches(teaching: Teaching, found: tuple[Any, Call], student: nn.Module, teacher: nn.Module) -> list[Any]:
+    """Return two examples as each model's arguments, as `pair_layers` takes them."""
+    batch, call = found
+    student_call = call.args, {name: value for name, value in call.kwargs.items() if name != "labels"}
+    pairs = ((student, student_call), (teacher, teaching.arguments(call, batch)))
+    return [_bound(model, *arguments) for model, arguments in pairs]
+
+
+def _bound(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if not kwargs:
+        return args
+    return dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments) if args else kwargs

@@ -5,20 +5,26 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+Loss = TypeVar("Loss", bound=Callable[..., Tensor])
+
 __all__ = [
+    "any_width",
     "check_mask",
     "check_temperature",
     "divergence",
     "kept_mean",
     "kept_tokens",
+    "keywords_of",
     "paired",
     "paired_logits",
     "possible",
     "products",
+    "takes_any_width",
     "takes_temperature",
     "unit",
     "widened",
@@ -196,9 +202,10 @@ def takes_temperature(loss: Callable[..., Tensor]) -> bool:
         signature = inspect.signature(loss)
     except ValueError:  # some builtins have none
         return True
+    given = dict.fromkeys(keywords_of(loss))
     for count in (3, 2):
         try:
-            signature.bind(*[None] * count)
+            signature.bind(*[None] * count, **given)
         except TypeError as error:
             reason = error
         else:
@@ -207,6 +214,36 @@ def takes_temperature(loss: Callable[..., Tensor]) -> bool:
         f"loss is called with student and teacher logits and, if it takes one, a temperature, but {loss} says: "
         f"{reason}; give its other options by functools.partial, or call it in your training_step"
     )
+
+
+def takes_any_width(loss: Loss) -> Loss:
+    """Mark a loss that compares student and teacher of different widths: no projection is learned for it.
+
+    >>> any_width(takes_any_width(lambda student, teacher: student)), any_width(lambda student, teacher: student)
+    (True, False)
+    """
+    loss.any_width = True  # type: ignore[attr-defined]
+    return loss
+
+
+def any_width(loss: Callable[..., Tensor]) -> bool:
+    """Whether a loss, or the function inside a `functools.partial`, is marked by `takes_any_width`."""
+    return bool(getattr(getattr(loss, "func", loss), "any_width", False))
+
+
+def keywords_of(loss: Callable[..., Tensor]) -> frozenset[str]:
+    """Return which of `labels` and `mask` a loss has a parameter for, and was not given yet. Runs at `setup`.
+
+    >>> from functools import partial
+    >>> def loss(student, teacher, *, labels, mask=None): return student
+    >>> sorted(keywords_of(loss)), sorted(keywords_of(partial(loss, mask=None)))
+    (['labels', 'mask'], ['labels'])
+    """
+    try:
+        names = set(inspect.signature(loss).parameters)
+    except ValueError:  # some builtins have none
+        return frozenset()
+    return frozenset({"labels", "mask"} & names - set(getattr(loss, "keywords", ())))
 
 
 def check_mask(mask: Tensor, wanted: tuple[int, ...]) -> None:

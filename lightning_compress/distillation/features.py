@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lightning_compress.distillation.comparing import kept_mean, paired, unit, widened
+from lightning_compress.distillation.comparing import kept_mean, paired, takes_any_width, unit, widened
 
 __all__ = ["attention_transfer", "cosine_distance", "feature_mse"]
 
@@ -68,6 +68,7 @@ def cosine_distance(student: Tensor, teacher: Tensor, *, mask: Tensor | None = N
     return kept_mean((unit(student) - unit(teacher)).square().sum(dim=-1) / 2, mask)
 
 
+@takes_any_width
 def attention_transfer(student: Tensor, teacher: Tensor, *, power: float = 2.0) -> Tensor:
     """Return the squared distance of the unit attention maps, averaged over examples. Runs in each step.
 

@@ -12,11 +12,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lightning_compress.distillation.comparing import check_temperature, kept_mean, paired, products, unit, widened
+from lightning_compress.distillation.comparing import (
+    check_temperature,
+    kept_mean,
+    paired,
+    products,
+    takes_any_width,
+    unit,
+    widened,
+)
 
 __all__ = ["contrastive", "relational_angle", "relational_distance", "similarity_preserving"]
 
 
+@takes_any_width
 def similarity_preserving(student: Tensor, teacher: Tensor) -> Tensor:
     """Return the mean squared difference of the similarities between examples. Runs in each step.
 
@@ -40,6 +49,7 @@ def similarity_preserving(student: Tensor, teacher: Tensor) -> Tensor:
     return kept_mean((got - wanted).square())
 
 
+@takes_any_width
 def relational_distance(student: Tensor, teacher: Tensor) -> Tensor:
     """Return the Huber loss of the distances between examples, as multiples of their mean. Runs in each step.
 
@@ -64,6 +74,7 @@ def relational_distance(student: Tensor, teacher: Tensor) -> Tensor:
     return kept_mean(functional.smooth_l1_loss(got, wanted, reduction="none"))
 
 
+@takes_any_width
 def relational_angle(student: Tensor, teacher: Tensor) -> Tensor:
     """Return the Huber loss of the cosines of the angles between three examples. Runs in each step.
 

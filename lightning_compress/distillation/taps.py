@@ -162,6 +162,11 @@ class LayerTap:
             self.opened = False
             self.seen.clear()
 
+    def take(self) -> dict[str, list[Tensor]]:
+        """Return what was read so far and forget it."""
+        seen, self.seen = self.seen, {}
+        return seen
+
     def check_all_called(self) -> None:
         """Refuse a step that did not call each tapped layer; runs inside `reading`, after the first step.
 
@@ -244,6 +249,6 @@ def logits_of(output: Any) -> Tensor:
     if not isinstance(output, Tensor):
         raise TypeError(
             "expected a tensor, an object with .logits, a dict with 'logits' or a tuple that begins with logits; "
-            "pass outputs=a function from the model's output to its logits"
+            "pass details=Details(outputs=a function from the model's output to its logits)"
         )
     return output

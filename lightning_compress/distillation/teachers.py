@@ -101,6 +101,7 @@ def call_teacher(teacher: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     except TypeError as error:
         raise TypeError(
             f"the teacher {type(teacher).__name__} cannot be called with what the student was called with "
-            f"({_shapes(args, passed)}): {error}; pass inputs=a function from the batch to the teacher's inputs"
+            f"({_shapes(args, passed)}): {error}; pass details=Details(inputs="
+            f"a function from the batch to the teacher's inputs)"
         ) from error
     return teacher(*args, **passed)

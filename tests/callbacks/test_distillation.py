@@ -14,7 +14,8 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_compress import CompressError, Distillation, TeacherCheckpoint
-from lightning_compress.distillation.losses import decoupled, logit_mse
+from lightning_compress.distillation.details import Details
+from lightning_compress.distillation.losses import logit_mse
 from tests.distillation.kl_by_hand import softened_kl
 
 
@@ -131,8 +132,11 @@ def test_a_loss_without_a_temperature_is_called_without(student: Net, teacher: n
 
 
 def test_a_loss_that_needs_more_is_named_when_it_is_made(teacher: nn.Module) -> None:
-    with pytest.raises(ValueError, match=r"decoupled.*missing a required.*labels.*functools.partial"):
-        Distillation(teacher, loss=decoupled)
+    def needs_more(student: torch.Tensor, teacher: torch.Tensor, *, extra: int) -> torch.Tensor:
+        return student.sum() * extra
+
+    with pytest.raises(ValueError, match=r"needs_more.*missing a required.*extra.*functools.partial"):
+        Distillation(teacher, loss=needs_more)
     with pytest.raises(ValueError, match="takes no temperature"):
         Distillation(teacher, temperature=3.0, loss=logit_mse)
 
@@ -179,7 +183,7 @@ def test_a_teacher_that_needs_other_inputs_is_named(student: Net) -> None:
     with pytest.raises(TypeError, match=r"NeedsMask cannot be called.*\(2, 4\).*attention_mask.*inputs="):
         fit(student, Distillation(NeedsMask()))
     assert student.batches == 0
-    fit(Net(), Distillation(NeedsMask(), inputs=lambda batch: (batch[0], torch.ones(1))))
+    fit(Net(), Distillation(NeedsMask(), details=Details(inputs=lambda batch: (batch[0], torch.ones(1)))))
 
 
 def test_two_towers_ask_which_one() -> None:

@@ -197,7 +197,7 @@ def test_logits_are_found(output):
 
 @pytest.mark.parametrize("output", [None, {}, {"loss": LOGITS}, (), ("a",), object()])
 def test_an_output_without_logits_is_named_with_its_cure(output):
-    with pytest.raises(TypeError, match="pass outputs=a function from the model's output to its logits"):
+    with pytest.raises(TypeError, match="outputs=a function from the model's output to its logits"):
         logits_of(output)
 
 

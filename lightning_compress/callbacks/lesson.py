@@ -1,0 +1,214 @@
+"""One fit's lesson: what happens around a `training_step`, from listening to the student to the sum of the losses."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from torch import Tensor
+
+from lightning_compress.callbacks.clock import Clock
+from lightning_compress.callbacks.probe import uncompiled
+from lightning_compress.callbacks.step import intercept, with_loss
+from lightning_compress.distillation.taps import Call, Tap
+from lightning_compress.distillation.teaching import Teaching, combined
+from lightning_compress.distillation.weighing import Weight, value_at
+from lightning_compress.errors import CompressError
+
+__all__ = ["Lesson"]
+
+Undo = Callable[[], None]
+
+
+class Lesson:
+    """Listens to the student while the step runs, and adds the teacher's terms to its loss.
+
+    Args:
+        teaching: the terms.
+        student: name of the submodule that the step calls; None finds it in the first step.
+        weight: of the logits' loss.
+        temperature: of the logits' loss.
+    """
+
+    def __init__(self, teaching: Teaching, student: str | None, weight: Weight, temperature: Weight) -> None:
+        self.teaching, self.student = teaching, student
+        self.weight, self.temperature = weight, temperature
+        self.used = False
+        self.clock = Clock()
+        self._length: int | None = None
+        self._tap, self._peer = Tap(), Tap()
+        self._peer_name: str | None = None
+        self._listening = False
+        self._batch: Any = None
+        self._undo: list[Undo] = []
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether a weight or the temperature moves with the run's progress."""
+        weights = (self.weight, self.temperature, self.teaching.details.task_weight)
+        return any(callable(weight) for weight in (*weights, *(each.term.weight for each in self.teaching.terms)))
+
+    def attach(self, pl_module: L.LightningModule) -> list[Undo]:
+        """Stand around the step and the backward of manual optimization; return what ends it. Runs at `setup`."""
+        step = intercept(pl_module, "training_step", functools.partial(self._around_step, pl_module))
+        backward = torch.compiler.disable(functools.partial(self._around_backward, pl_module))  # type: ignore[no-untyped-call]
+        return [step, intercept(pl_module, "manual_backward", backward), self._end]
+
+    def start(self, pl_module: L.LightningModule, length: int | None) -> None:
+        """Listen to a student that has a name. Runs at `on_fit_start`, before a compiled model's first call.
+
+        Args:
+            pl_module: the module.
+            length: of the run in optimizer steps; None where nothing is scheduled.
+        """
+        self._length = length
+        if self.student is not None:
+            self._listen(pl_module, self.student)
+        if self._peer_name is not None:
+            self._undo.append(self._peer.attach(pl_module, self._peer_name))
+
+    def listen_to_peer(self, pl_module: L.LightningModule, name: str) -> None:
+        """Take the teacher's outputs from the step's own calls of another model.
+
+        Raises:
+            ValueError: there is none of this name.
+        """
+        if name == self.student or name not in dict(pl_module.named_modules()):
+            raise ValueError(
+                f"expected the name of another submodule than the student '{self.student}' in Peer('{name}'), such as "
+                f"{sorted(dict(pl_module.named_children()))}"
+            )
+        self._peer_name = name
+
+    def _listen(self, pl_module: L.LightningModule, name: str) -> None:
+        self._undo.append(self._tap.attach(pl_module, name))
+        self._listening = True
+
+    def _end(self) -> None:
+        for undo in reversed(self._undo):
+            undo()
+        self._undo, self._listening = [], False
+
+    def tried_on(self, pl_module: L.LightningModule, batch: Any, call: Call) -> None:
+        """Compute each term once for two examples, without gradient, and forget what came of it. Runs at `setup`."""
+        teaching = self.teaching
+        with torch.no_grad():
+            if teaching.terms:
+                part = pl_module.get_submodule(call.name) if call.name else pl_module
+                with teaching.trying():
+                    part(*call.args, **call.kwargs)
+            teaching.values([call], batch, value_at(self.temperature, 0.0))
+        for term in teaching.terms:
+            term.projections.clear()
+
+    # The step
+
+    def _open(self, opened: bool) -> None:
+        for tap in (self._tap, self._peer):
+            tap.open = opened
+        for term in self.teaching.terms:
+            term.student.opened = opened
+
+    def _forget(self) -> None:
+        self._tap.take(), self._peer.take()
+        for term in self.teaching.terms:
+            term.student.take()
+
+    def _around_step(
+        self, pl_module: L.LightningModule, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if not pl_module.trainer.training:  # a validation_step that calls training_step wants the task's loss
+            return original(*args, **kwargs)
+        searching = None if self._listening else self._tap.attach_outermost(pl_module)
+        self._batch = args[0] if args else next(iter(kwargs.values()))
+        self._open(True)
+        try:
+            with nullcontext() if searching is None else uncompiled():
+                output = original(*args, **kwargs)
+            self._open(False)
+            return self._combined(pl_module, output)
+        finally:
+            self._open(False)
+            self._forget()
+            self._batch = None
+            if searching is not None:
+                searching()
+
+    def _around_backward(
+        self, pl_module: L.LightningModule, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        # Closed meanwhile: activation checkpointing calls the student again inside the backward.
+        self._open(False)
+        try:
+            calls = self._tap.take()
+            loss = self._taught(pl_module, args[0], calls) if calls else args[0]
+            return original(loss, *args[1:], **kwargs)
+        finally:
+            self._open(True)
+
+    def _combined(self, pl_module: L.LightningModule, output: Any) -> Any:
+        calls = self._tap.take()
+        if not pl_module.automatic_optimization:
+            if calls:
+                raise CompressError(
+                    "the student was called after the step's last manual_backward, or the step calls loss.backward() "
+                    "itself; call self.manual_backward(loss)"
+                )
+            return output
+        if output is None:
+            return self._taught(pl_module, None, calls) if calls and self.teaching.details.task_weight == 0 else None
+        if not calls and not self._listening:
+            raise CompressError(
+                f"training_step of {type(pl_module).__name__} called no trainable submodule, so there is no student to "
+                f"teach; call the model as self(...) or self.model(...), or pass student='name'"
+            )
+        if not calls:  # a named student that this step did not use
+            return output
+        return with_loss(output, lambda task: self._taught(pl_module, task, calls))
+
+    def _taught(self, pl_module: L.LightningModule, task: Tensor | None, calls: list[Call]) -> Tensor:
+        self._settle(pl_module, calls)
+        teaching, progress = self.teaching, self._progress()
+        given = None if self._peer_name is None else self._peer_outputs(len(calls))
+        values = teaching.values(calls, self._batch, value_at(self.temperature, progress), given)
+        self.used = True
+        if not pl_module.trainer.barebones:
+            losses = {f"compress/loss/{name}": value.detach() for name, value in values.items()}
+            losses |= {} if task is None else {"compress/loss/task": task.detach()}
+            pl_module.log_dict(losses, batch_size=len(teaching.logits_of(calls[0])))
+        if teaching.details.balanced and task is not None:
+            values = teaching.sizes.scale(task, values)
+        weight = value_at(self.weight, progress)
+        own = teaching.details.task_weight
+        weights = {each.name: value_at(each.term.weight, progress) for each in teaching.terms} | {"kd": weight}
+        loss = combined(
+            task, 1.0 - weight if own is None else value_at(own, progress),
+            [(weights[name], value) for name, value in values.items()],
+        )  # fmt: skip
+        return next(iter(values.values())) * 0.0 if loss is None else loss
+
+    def _progress(self) -> float:
+        return 0.0 if self._length is None else min(self.clock.steps / max(self._length, 1), 1.0)
+
+    def _peer_outputs(self, wanted: int) -> list[Any]:
+        outputs = [call.output for call in self._peer.take()]
+        if len(outputs) != wanted:
+            raise CompressError(
+                f"the step called '{self.student}' {wanted} times and its peer '{self._peer_name}' {len(outputs)} "
+                f"times before the loss; call both on each batch"
+            )
+        return [torch.utils._pytree.tree_map_only(Tensor, Tensor.detach, output) for output in outputs]
+
+    def _settle(self, pl_module: L.LightningModule, calls: list[Call]) -> None:
+        names = sorted({call.name for call in calls})
+        if len(names) > 1:
+            raise CompressError(
+                f"training_step calls several models, {', '.join(map(repr, names))}; say whose outputs the teacher "
+                f"teaches, such as student='{names[-1]}'"
+            )
+        if not self._listening:
+            self._listen(pl_module, names[0])

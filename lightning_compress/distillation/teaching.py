@@ -1,0 +1,223 @@
+"""What a teacher teaches in one step: each term's value, and their sum with the task's loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_compress.distillation.comparing import kept_tokens, keywords_of, takes_temperature
+from lightning_compress.distillation.details import Details
+from lightning_compress.distillation.running import RunningTeacher
+from lightning_compress.distillation.taps import Call, logits_of
+from lightning_compress.distillation.terms import TappedTerm
+from lightning_compress.errors import CompressError
+from lightning_compress.sharding import all_reduce_sum, world_size
+
+__all__ = ["LogitTerm", "RunningSizes", "Teaching", "combined"]
+
+SIZE_MOMENTUM = 0.99
+
+
+def combined(task: Tensor | None, task_weight: float, terms: Sequence[tuple[float, Tensor]]) -> Tensor | None:
+    """Return task_weight * task + sum of weight * term; what has weight 0 is left out, NaN or not. Runs in each step.
+
+    >>> combined(torch.tensor(1.0), 0.5, [(2.0, torch.tensor(3.0))])
+    tensor(6.5000)
+    >>> combined(torch.tensor(torch.nan), 0.0, [(1.0, torch.tensor(3.0))])
+    tensor(3.)
+    """
+    parts = [value if weight == 1.0 else weight * value for weight, value in terms if weight]
+    if task is not None and task_weight:
+        parts.insert(0, task if task_weight == 1.0 else task_weight * task)
+    return sum(parts[1:], parts[0]) if parts else task
+
+
+@dataclass(frozen=True)
+class LogitTerm:
+    """The loss of the logits: how it is called, and how logits are read of an output."""
+
+    loss: Callable[..., Tensor]
+    outputs: Callable[[Any], Tensor] = logits_of
+
+    def __call__(self, who: str, call: Call, output: Any, temperature: float, options: Mapping[str, Tensor]) -> Tensor:
+        """Return the loss between a student's call and a teacher's output.
+
+        Raises:
+            ValueError: logits of different shapes.
+        """
+        student, teacher = self.outputs(call.output), self.outputs(output)
+        if student.shape != teacher.shape:
+            raise ValueError(
+                f"teacher and student must have logits of one shape, got {tuple(teacher.shape)} from {who} and "
+                f"{tuple(student.shape)} from the student '{call.name}'; use a teacher with the same classes (or "
+                f"vocabulary), or pass details=Details(outputs=a function that makes them equal)"
+            )
+        return self.loss(student, teacher, *([temperature] if takes_temperature(self.loss) else []), **options)
+
+
+class RunningSizes:
+    """Running means of the terms' magnitudes, all from the same steps: what `balanced` scales by."""
+
+    def __init__(self) -> None:
+        self.sizes: dict[str, float] = {}
+
+    def scale(self, task: Tensor, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return each term times (size of the task's loss / size of the term). Runs in each step, before weights."""
+        values = torch.stack([value.detach().float().abs() for value in (task, *terms.values())])
+        now = (all_reduce_sum(values) / world_size()).tolist() if world_size() > 1 else values.tolist()
+        for name, value in zip(("task", *terms), now, strict=True):
+            old = self.sizes.get(name, value)
+            self.sizes[name] = SIZE_MOMENTUM * old + (1.0 - SIZE_MOMENTUM) * value
+        return {name: value * (self.sizes["task"] / max(self.sizes[name], 1e-12)) for name, value in terms.items()}
+
+
+@dataclass
+class Teaching:
+    """A teacher at work on a student: the terms of each step.
+
+    Args:
+        logits: the loss of the logits; None teaches by layers only.
+        details: of the callback.
+        teacher: None where outputs come from elsewhere.
+        same_part: the teacher is a copy of the whole LightningModule, of which the student's own part is called.
+        terms: of layers.
+    """
+
+    logits: LogitTerm | None
+    details: Details
+    teacher: RunningTeacher | None = None
+    same_part: bool = False
+    terms: list[TappedTerm] = field(default_factory=list)
+    sizes: RunningSizes = field(default_factory=RunningSizes)
+
+    def logits_of(self, call: Call) -> Tensor:
+        """Return the student's logits."""
+        return (self.details.outputs or logits_of)(call.output)
+
+    def values(
+        self, calls: Sequence[Call], batch: Any, temperature: float, given: Sequence[Any] | None = None
+    ) -> dict[str, Tensor]:
+        """Return each term's value by name, "kd" for the logits', averaged over the step's calls of the student.
+
+        Args:
+            calls: of the student.
+            batch: what the step got.
+            temperature: of this step.
+            given: the teacher's outputs, where it is not called here.
+        """
+        seen = [term.student.take() for term in self.terms]
+        found: dict[str, list[Tensor]] = {}
+        for index, call in enumerate(calls):
+            with _Reading(self.terms):
+                output = self._output(call, batch) if given is None else given[index]
+                for name, value in self._terms(index, len(calls), call, output, batch, temperature, seen):
+                    found.setdefault(name, []).append(value)
+        return {name: torch.stack(values).mean() for name, values in found.items()}
+
+    @contextmanager
+    def trying(self) -> Iterator[None]:
+        """Read the student's layers in the block though nothing has a gradient. Runs at `setup`."""
+        taps = [term.student for term in self.terms]
+        for tap in taps:
+            tap.opened, tap.gradient = True, False
+        try:
+            yield
+        finally:
+            for tap in taps:
+                tap.opened, tap.gradient = False, True
+
+    def _output(self, call: Call, batch: Any) -> Any:
+        if self.teacher is None:
+            raise CompressError("Distillation is not set up; it works inside trainer.fit")
+        return self.teacher(call.name if self.same_part else "", *self.arguments(call, batch))
+
+    def arguments(self, call: Call, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return what the teacher is called with."""
+        if self.details.inputs is None:
+            return call.args, {name: value for name, value in call.kwargs.items() if name != "labels"}
+        given = self.details.inputs(batch)
+        if isinstance(given, Mapping):
+            return (), dict(given)
+        return given if isinstance(given, tuple) else (given,), {}
+
+    def _terms(
+        self, index: int, count: int, call: Call, output: Any, batch: Any, temperature: float, seen: Sequence[Any]
+    ) -> list[tuple[str, Tensor]]:
+        found = []
+        if self.logits is not None:
+            who = "its peer" if self.teacher is None else f"the teacher {type(self.teacher.module).__name__}"
+            found.append(("kd", self.logits(who, call, output, temperature, self._options(call, batch))))
+        mask = self._mask(call, batch) if self.terms else None
+        for term, values in zip(self.terms, seen, strict=True):
+            found.append((term.name, term.value(index, count, values, mask)))
+        return found
+
+    def _options(self, call: Call, batch: Any) -> dict[str, Tensor]:
+        """Return what the logits' loss has parameters for."""
+        options: dict[str, Tensor] = {}
+        if self.logits is None:
+            return options
+        wanted = keywords_of(self.logits.loss)
+        if "labels" in wanted:
+            options["labels"] = self._labels(call, batch)
+        if "mask" in wanted:
+            mask = self._mask(call, batch)
+            if mask is not None and mask.shape == self.logits_of(call).shape[:-1]:
+                options["mask"] = mask
+        return options
+
+    def _labels(self, call: Call, batch: Any) -> Tensor:
+        if self.details.labels is not None:
+            return self.details.labels(batch)
+        found = labels_in(call, batch)
+        if found is None:
+            raise ValueError(
+                f"the loss needs labels, but none were found in the student's call or in a batch of type "
+                f"{type(batch).__name__}; pass details=Details(labels=a function from the batch to its labels)"
+            )
+        return found
+
+    def _mask(self, call: Call, batch: Any) -> Tensor | None:
+        if self.details.mask is not None:
+            return self.details.mask(batch)
+        attention, labels = call.kwargs.get("attention_mask"), labels_in(call, batch)
+        fits = labels if labels is not None and labels.dim() == 2 else None
+        if attention is None or attention.dim() != 2:
+            return None if fits is None else kept_tokens(labels=fits)
+        same = fits is not None and fits.shape == attention.shape
+        return kept_tokens(attention, fits if same else None)
+
+
+def labels_in(call: Call, batch: Any) -> Tensor | None:
+    """Return the labels of the student's call, or of a batch: a mapping's "labels" or "label", or the second item.
+
+    >>> labels_in(Call("", (), {}, None), (torch.zeros(1, 4), torch.tensor([3])))
+    tensor([3])
+    """
+    found = call.kwargs.get("labels")
+    if found is None and isinstance(batch, Mapping):
+        found = next((batch[name] for name in ("labels", "label") if name in batch), None)
+    if found is None and isinstance(batch, (tuple, list)) and len(batch) > 1:
+        found = batch[1]
+    return found if isinstance(found, Tensor) else None
+
+
+class _Reading:
+    """Opens the teacher's taps of all terms, for one call."""
+
+    def __init__(self, terms: Sequence[TappedTerm]) -> None:
+        self.taps = [term.teacher for term in terms]
+
+    def __enter__(self) -> None:
+        for tap in self.taps:
+            tap.opened = True
+
+    def __exit__(self, *error: object) -> None:
+        for tap in self.taps:
+            tap.opened = False
+            tap.seen.clear()

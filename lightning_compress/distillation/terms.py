@@ -1,0 +1,167 @@
+"""Terms of layers: which layers of the student learn what from which of the teacher."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_compress.distillation.comparing import any_width, keywords_of
+from lightning_compress.distillation.features import feature_mse
+from lightning_compress.distillation.pairing import pair_by_depth, pair_layers
+from lightning_compress.distillation.projections import Projections, channel_dim
+from lightning_compress.distillation.taps import LayerTap, Read, unwrapped
+from lightning_compress.errors import CompressError
+from lightning_compress.select import Pattern, matching_modules
+
+__all__ = ["LayerTerm", "TappedTerm", "name_of", "tapped_terms"]
+
+
+@dataclass(frozen=True)
+class LayerTerm:
+    """One term of `Distillation(layers=...)`: a loss between layers of student and teacher, averaged over the pairs.
+
+    Args:
+        loss: (student's value, teacher's value) -> scalar; it gets a `mask` of the tokens if it has such a parameter.
+        student: name, glob or class name of layers in the module that the step calls; None pairs layers by depth, or
+            in a CNN by spatial size (`pairing.pair_layers`).
+        teacher: the same in the teacher; None is what `student` says. If they are more, they are paired by depth.
+        weight: what the term is multiplied by, at least 0, or a schedule of progress.
+        read: "output", "input" or "attention": which value of the layers.
+        project: learn a linear projection to the teacher's width: True, False, or None: where widths differ, unless the
+            loss takes any width, as those of relations do.
+        learning_rate: of the projections' Adam.
+
+    Raises:
+        ValueError: a negative weight.
+    """
+
+    loss: Callable[..., Tensor] = feature_mse
+    student: Pattern | None = None
+    teacher: Pattern | None = None
+    weight: float | Callable[[float], float] = 1.0
+    read: Read = "output"
+    project: bool | None = None
+    learning_rate: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if isinstance(self.weight, (int, float)) and not 0.0 <= self.weight < math.inf:
+            raise ValueError(f"a layer term's weight is at least 0, got {self.weight}")
+        if self.student is None and self.teacher is not None:
+            raise ValueError(f"teacher={self.teacher!r} was given without student; name the student's layers too")
+
+
+def name_of(loss: Any) -> str:
+    """Return what a term is logged as: the name of its function.
+
+    >>> from functools import partial
+    >>> name_of(partial(feature_mse))
+    'feature_mse'
+    """
+    return str(getattr(getattr(loss, "func", loss), "__name__", type(loss).__name__))
+
+
+@dataclass
+class TappedTerm:
+    """One term at work: its pairs, and the taps on both sides."""
+
+    name: str
+    term: LayerTerm
+    pairs: list[tuple[str, str]]
+    student: LayerTap
+    teacher: LayerTap
+    projections: Projections
+
+    def attach(self, student: nn.Module, teacher: nn.Module) -> list[Callable[[], None]]:
+        """Listen to the layers of both; return what ends it. Runs once, before a compiled model's first call."""
+        own, other = zip(*self.pairs, strict=True)
+        sides = ((self.student, student, own), (self.teacher, teacher, other))
+        return [tap.attach(root, list(dict.fromkeys(names))) for tap, root, names in sides]
+
+    def value(self, call: int, calls: int, seen: Mapping[str, list[Tensor]], mask: Tensor | None) -> Tensor:
+        """Return the mean over pairs for one call of the student; what the teacher gave is in its tap."""
+        self.teacher.check_all_called()
+        losses = []
+        for pair in self.pairs:
+            got, wanted = _of_call(seen.get(pair[0], []), call, calls), self.teacher.seen[pair[1]]
+            if len(got) != len(wanted) or not got:
+                raise CompressError(
+                    f"the step called the student's layer '{pair[0]}' {len(got)} times and the teacher's '{pair[1]}' "
+                    f"{len(wanted)} times; tap layers that are called alike (fused code passes layers by)"
+                )
+            losses += [self._loss(pair, *values, mask) for values in zip(got, wanted, strict=True)]
+        total: Tensor = sum(losses[1:], losses[0])
+        return total / len(losses)
+
+    def _loss(self, pair: tuple[str, str], student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
+        term, dim = self.term, channel_dim(student)
+        differ = student.dim() == teacher.dim() and student.shape[dim] != teacher.shape[dim]
+        wanted = differ and term.read != "attention" and not any_width(term.loss)
+        if wanted if term.project is None else term.project:
+            student = self.projections(f"{self.name}: {pair[0]} -> {pair[1]}", student, teacher)
+        options = (
+            {"mask": mask} if mask is not None and _fits(mask, student) and "mask" in keywords_of(term.loss) else {}
+        )
+        try:
+            return term.loss(student, teacher, **options)
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"{self.name} cannot compare '{pair[0]}' of the student, {tuple(student.shape)}, with '{pair[1]}' of "
+                f"the teacher, {tuple(teacher.shape)}: {error}"
+            ) from error
+
+
+def _of_call(values: list[Tensor], call: int, calls: int) -> list[Tensor]:
+    each = len(values) // calls
+    return values[call * each : (call + 1) * each]
+
+
+def _fits(mask: Tensor, value: Tensor) -> bool:
+    """Whether a mask of (batch, tokens) says what counts in hidden states or in attention maps."""
+    return value.dim() > 2 and mask.shape in (value.shape[:2], (value.shape[0], value.shape[-1]))
+
+
+def tapped_terms(
+    terms: Iterable[LayerTerm], student: nn.Module, teacher: nn.Module, batch: Any, teacher_batch: Any
+) -> list[TappedTerm]:
+    """Return the terms with their pairs and own taps, not yet attached. Runs once, at `setup`.
+
+    Args:
+        terms: as the user gave them.
+        student: the module that the step calls.
+        teacher: the teacher.
+        batch: a batch of the student's inputs for terms without names; None where there is none.
+        teacher_batch: the teacher's.
+
+    Raises:
+        ValueError: a pattern matches nothing, no layer pairs by itself, or names are needed for want of a batch.
+    """
+    found: list[TappedTerm] = []
+    for term in terms:
+        name, same = name_of(term.loss), sum(name_of(term.loss) == name_of(other.term.loss) for other in found)
+        name = f"{name}_{same + 1}" if same else name
+        pairs = _pairs(term, student, teacher, batch, teacher_batch)
+        taps = LayerTap(term.read), LayerTap(term.read, gradient=False)
+        found.append(TappedTerm(name, term, pairs, *taps, Projections(term.learning_rate)))
+    return found
+
+
+def _pairs(term: LayerTerm, student: nn.Module, teacher: nn.Module, *batches: Any) -> list[tuple[str, str]]:
+    if term.student is None:
+        if batches[0] is None:
+            raise ValueError(
+                f"{name_of(term.loss)} pairs layers by running both models on two examples, but none can be read from "
+                f"this training data before the first batch; name the layers: LayerTerm(student=..., teacher=...)"
+            )
+        return pair_layers(student, teacher, *batches)
+    own = list(matching_modules(unwrapped(student), term.student, "student's layers"))
+    other = list(matching_modules(unwrapped(teacher), term.teacher or term.student, "teacher's layers"))
+    if len(other) < len(own):
+        raise ValueError(
+            f"expected as many layers of the teacher as of the student or more, {term.student!r} matches {len(own)} "
+            f"and {term.teacher or term.student!r} {len(other)}; name fewer of the student's"
+        )
+    return list(zip(own, other, strict=True)) if len(own) == len(other) else pair_by_depth(own, other)
