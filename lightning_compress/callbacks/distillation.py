@@ -24,15 +24,16 @@ from lightning_compress.callbacks.contract import (
 from lightning_compress.callbacks.lesson import Lesson
 from lightning_compress.callbacks.order import Claim, check_together
 from lightning_compress.callbacks.probe import first_student_call
-from lightning_compress.distillation.comparing import takes_temperature
+from lightning_compress.distillation.comparing import any_width, takes_temperature
 from lightning_compress.distillation.details import Details
 from lightning_compress.distillation.losses import soft_targets
 from lightning_compress.distillation.own_teachers import MeanTeacher, Peer, StartingModel, copy_of, follow
+from lightning_compress.distillation.pairing import pair_layers
 from lightning_compress.distillation.running import RunningTeacher
 from lightning_compress.distillation.taps import Call, logits_of
 from lightning_compress.distillation.teachers import Teacher, TeacherCheckpoint, build_teacher
 from lightning_compress.distillation.teaching import LogitTerm, Teaching
-from lightning_compress.distillation.terms import LayerTerm, tapped_terms
+from lightning_compress.distillation.terms import LayerTerm, name_of, tapped_terms
 from lightning_compress.distillation.weighing import Weight, check_temperatures, check_weights
 from lightning_compress.errors import CompressError
 
@@ -97,6 +98,7 @@ class Distillation(L.Callback):
         self.lesson: Lesson | None = None
         self._undo: list[Callable[[], None]] = []
         self._restored: dict[str, Any] | None = None
+        self._followed = 0
 
     @property
     def complete(self) -> bool:
@@ -107,6 +109,14 @@ class Distillation(L.Callback):
         """Say whose loss this callback changes: the whole step's, or a named student's."""
         taught = "training_step" if self.student is None else f"training_step of '{self.student}'"
         return [Claim(type(self).__name__, "distil", frozenset({taught}))] if self.enabled else []
+
+    @property
+    def follows(self) -> str:
+        """Say what of it cannot follow a model whose channels go, for `check_together`; "" is nothing."""
+        if not self.enabled:
+            return ""
+        fixed = [name_of(term.loss) for term in self.layers if not any_width(term.loss)]
+        return "MeanTeacher" if isinstance(self.source, MeanTeacher) else f"the term {fixed[0]}" if fixed else ""
 
     def recipe(self) -> dict[str, Any]:
         """Return the options as primitives, as a checkpoint and a logger keep them."""
@@ -127,7 +137,7 @@ class Distillation(L.Callback):
         self._release()
         if trainer.global_step == 0:  # a fresh run with the same callback object
             self.clock.reset()
-            self._restored = None
+            self._restored, self._followed = None, 0
         self.lesson = Lesson(self._teaching(), self.student, self.weight, self.temperature)
         if is_final_at_setup(pl_module):
             self._prepare(self.lesson, trainer, pl_module)
@@ -156,17 +166,10 @@ class Distillation(L.Callback):
     def _tap(
         self, teaching: Teaching, teacher: RunningTeacher, pl_module: L.LightningModule, found: tuple[Any, Call] | None
     ) -> None:
-        """Attach to the layers of both models, by names in the module that the step calls."""
-        name = self.student if found is None else found[1].name
-        if name is None:
-            raise ValueError(
-                "layers= needs to know whose layers, but the step's student cannot be found before the first batch "
-                "(data that cannot be read by index, or a large model); pass student='name' of the submodule it calls"
-            )
-        student, other = pl_module.get_submodule(name), teacher.part(name if teaching.same_part else "")
-        batches = [None, None] if found is None else _batches(teaching, found, student, other)
-        teaching.terms = tapped_terms(self.layers, student, other, *batches)
-        self._undo += [undo for term in teaching.terms for undo in term.attach(student, other)]
+        """Attach to the layers of both models, paired by name, or by running both on two examples."""
+        pairs = functools.partial(_paired, teaching, teacher, pl_module, found)
+        teaching.terms = tapped_terms(self.layers, pl_module, teacher.module, pairs)
+        self._undo += [undo for term in teaching.terms for undo in term.attach(pl_module, teacher.module)]
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.lesson is None:
@@ -181,6 +184,7 @@ class Distillation(L.Callback):
             running.move(trainer.precision_plugin.convert_module, pl_module.device)
         self.clock.attach(trainer.optimizers, functools.partial(self._after_step, trainer, pl_module))
         self.lesson.clock = self.clock
+        self.lesson.before_step = functools.partial(self._follow, pl_module)
 
     def _after_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer, time_moved: bool
@@ -190,7 +194,11 @@ class Distillation(L.Callback):
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         for term in self.lesson.teaching.terms:
             term.projections.step(1.0 if scaler is None else scaler.get_scale())
-        if isinstance(self.source, MeanTeacher) and self.teacher is not None:
+
+    def _follow(self, pl_module: L.LightningModule) -> None:
+        """Move the student's average on, once others have done what they do to weights after a step."""
+        if isinstance(self.source, MeanTeacher) and self.teacher is not None and self.clock.steps > self._followed:
+            self._followed = self.clock.steps
             follow(self.teacher, pl_module, self.source.decay, self.clock.steps)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -202,6 +210,10 @@ class Distillation(L.Callback):
             self._restored = None
         elif self.clock.steps == 0 and trainer.global_step > 0:  # resumed from a run without this callback
             self.clock.start_at(trainer.global_step // max(1, len(trainer.optimizers)))
+            self._followed = self.clock.steps
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._follow(pl_module)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._release()
@@ -243,6 +255,7 @@ class Distillation(L.Callback):
         if teaching.terms:
             state["projections"] = {term.name: term.projections.state_dict() for term in teaching.terms}
         if isinstance(self.source, OWN) and self.teacher is not None:
+            state["followed"] = self._followed
             state["teacher"] = {name: value.detach().cpu().clone() for name, value in self.teacher.state_dict().items()}
         return state
 
@@ -255,6 +268,7 @@ class Distillation(L.Callback):
         for term in teaching.terms:
             term.projections.load_state_dict(state["projections"][term.name])
         if "teacher" in state and self.teacher is not None:
+            self._followed = state["followed"]
             self.teacher.load_state_dict(state["teacher"])
 
     def state_dict(self) -> dict[str, Any]:
@@ -266,12 +280,25 @@ class Distillation(L.Callback):
             self._restored = {key: value for key, value in state_dict.items() if key not in ("format", "recipe")}
 
 
-def _batches(teaching: Teaching, found: tuple[Any, Call], student: nn.Module, teacher: nn.Module) -> list[Any]:
-    """Return two examples as each model's arguments, as `pair_layers` takes them."""
+def _paired(
+    teaching: Teaching, teacher: RunningTeacher, pl_module: L.LightningModule, found: tuple[Any, Call] | None
+) -> list[tuple[str, str]]:
+    """Return pairs of layers by their names in the LightningModule and the teacher; runs both on two examples."""
+    if found is None:
+        raise ValueError(
+            "layers without names are paired by running both models on two examples, but none can be read from this "
+            "training data before the first batch (or the model is large); name them: LayerTerm(loss, student=...)"
+        )
     batch, call = found
-    student_call = call.args, {name: value for name, value in call.kwargs.items() if name != "labels"}
-    pairs = ((student, student_call), (teacher, teaching.arguments(call, batch)))
-    return [_bound(model, *arguments) for model, arguments in pairs]
+    student = pl_module.get_submodule(call.name) if call.name else pl_module
+    other_name = call.name if teaching.same_part else ""
+    other = teacher.part(other_name)
+    own = call.args, {name: value for name, value in call.kwargs.items() if name != "labels"}
+    inputs = [_bound(student, *own), _bound(other, *teaching.arguments(call, batch))]
+    return [
+        (f"{call.name}.{one}".lstrip("."), f"{other_name}.{two}".lstrip("."))
+        for one, two in pair_layers(student, other, *inputs)
+    ]
 
 
 def _bound(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -18,6 +18,7 @@ from lightning_compress.distillation.taps import Call, Tap
 from lightning_compress.distillation.teaching import Teaching, combined
 from lightning_compress.distillation.weighing import Weight, value_at
 from lightning_compress.errors import CompressError
+from lightning_compress.pruning.calibration import evaluating
 
 __all__ = ["Lesson"]
 
@@ -39,12 +40,14 @@ class Lesson:
         self.weight, self.temperature = weight, temperature
         self.used = False
         self.clock = Clock()
+        self.before_step: Callable[[], None] = lambda: None
         self._length: int | None = None
         self._tap, self._peer = Tap(), Tap()
         self._peer_name: str | None = None
         self._listening = False
         self._batch: Any = None
         self._undo: list[Undo] = []
+        self._search_ends: Undo | None = None
 
     @property
     def scheduled(self) -> bool:
@@ -99,7 +102,7 @@ class Lesson:
         with torch.no_grad():
             if teaching.terms:
                 part = pl_module.get_submodule(call.name) if call.name else pl_module
-                with teaching.trying():
+                with evaluating(part), teaching.trying():
                     part(*call.args, **call.kwargs)
             teaching.values([call], batch, value_at(self.temperature, 0.0))
         for term in teaching.terms:
@@ -123,20 +126,22 @@ class Lesson:
     ) -> Any:
         if not pl_module.trainer.training:  # a validation_step that calls training_step wants the task's loss
             return original(*args, **kwargs)
-        searching = None if self._listening else self._tap.attach_outermost(pl_module)
+        self.before_step()
+        searching = not self._listening
+        if searching:
+            self._search_ends = self._tap.attach_outermost(pl_module)
         self._batch = args[0] if args else next(iter(kwargs.values()))
         self._open(True)
         try:
-            with nullcontext() if searching is None else uncompiled():
+            with uncompiled() if searching else nullcontext():
                 output = original(*args, **kwargs)
-            self._open(False)
-            return self._combined(pl_module, output)
+                self._open(False)
+                return self._combined(pl_module, output)
         finally:
             self._open(False)
             self._forget()
             self._batch = None
-            if searching is not None:
-                searching()
+            self._stop_searching()
 
     def _around_backward(
         self, pl_module: L.LightningModule, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -212,3 +217,9 @@ class Lesson:
             )
         if not self._listening:
             self._listen(pl_module, names[0])
+            self._stop_searching()  # a step may go on to call the student again
+
+    def _stop_searching(self) -> None:
+        if self._search_ends is not None:
+            self._search_ends()
+            self._search_ends = None
