@@ -1,8 +1,8 @@
 """Rows of bytes by key, in files that many processes write side by side and read through memory maps.
 
 A folder holds parts, each written by one process of one run: `values-0.bin`, the rows, and `keys-0.bin`, 16 bytes for
-each of them. Keys follow their values, so that a killed process leaves at most a row without its key, which nobody
-reads.
+each of them. Nothing is ever written over, and keys follow their values, so that a killed process leaves at most a row
+without its key, which nobody reads.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Parts:
         """Take up the whole rows that other processes wrote; one of them may be writing the next."""
         for path in self.folder.glob("keys-*.bin"):
             part = int(path.stem.partition("-")[2])
-            if part != self._own and self._file("values", part).exists():
+            if self._file("values", part).exists():
                 self._read_keys(part)
 
     def find(self, keys: list[bytes]) -> NDArray[np.uint8] | None:
@@ -64,10 +64,10 @@ class Parts:
 
     def add(self, keys: list[bytes], rows: bytes) -> None:
         """Write new rows; the keys are all different, and none of them is known."""
-        part = self._own = self._claimed() if self._own is None else self._own
-        start = self._rows.setdefault(part, 0)
-        _write(self._file("values", part), start * self.row_bytes, rows)
-        _write(self._file("keys", part), start * KEY_BYTES, b"".join(keys))
+        part, self._own = self._claimed() if self._own is None else self._own, None
+        _append(self._file("values", part), rows)
+        _append(self._file("keys", part), b"".join(keys))
+        self._own = part  # a part whose writing failed, on a full disk, is not gone on with
         self._index(part, keys)
 
     def close(self) -> None:
@@ -89,7 +89,7 @@ class Parts:
     def _index(self, part: int, keys: list[bytes]) -> None:
         start = self._rows.get(part, 0)
         for row, key in enumerate(keys, start):
-            self._places.setdefault(key, part << ROW_BITS | row)
+            self._places[key] = part << ROW_BITS | row
         self._rows[part] = start + len(keys)
 
     def _claimed(self) -> int:
@@ -111,8 +111,6 @@ class Parts:
         return self._maps[part]
 
 
-def _write(path: Path, at: int, data: bytes) -> None:
-    # At its place rather than at the end: a write that failed halfway is written over.
-    with path.open("r+b") as file:
-        file.seek(at)
+def _append(path: Path, data: bytes) -> None:
+    with path.open("ab") as file:
         file.write(data)

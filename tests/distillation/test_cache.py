@@ -147,23 +147,41 @@ def test_rows_without_keys_and_keys_without_values_are_not_there(tmp_path):
     assert torch.equal(LogitCache(tmp_path).open("a").find(keys), logits.half().float())
 
 
-def test_a_full_disk_is_told_and_what_it_cut_is_written_over(tmp_path, monkeypatch):
-    keys, logits = made(4, 5)
+@pytest.mark.parametrize("kind", ["values", "keys"])
+def test_a_full_disk_is_told_and_what_it_cut_is_not_gone_on_with(tmp_path, monkeypatch, kind):
+    keys, logits = made(8, 5)
     store = LogitCache(tmp_path).open("a")
     store.add(keys[:1], logits[:1])
-    write = parts._write
+    append = parts._append
 
-    def full(path, at, data):
-        write(path, at, data[: len(data) // 2])
-        raise OSError("no space left on device")
+    def full(path, data):
+        if path.name.startswith(kind):
+            append(path, data[: len(data) // 2 + 1])
+            raise OSError("no space left on device")
+        append(path, data)
 
-    monkeypatch.setattr(parts, "_write", full)
+    monkeypatch.setattr(parts, "_append", full)
     with pytest.raises(OSError, match="no space left"):
-        store.add(keys[1:3], -logits[1:3])
-    monkeypatch.setattr(parts, "_write", write)
+        store.add(keys[1:7], logits[1:7])
+    monkeypatch.setattr(parts, "_append", append)
+    store.add(keys[7:], logits[7:])
+    store.refresh()
+    assert [store.known([key]) for key in keys] == [1, *([1, 1, 1] if kind == "keys" else [0] * 3), 0, 0, 0, 1]
     store.add(keys, logits)
     for opened in (store, LogitCache(tmp_path).open("a")):
         assert torch.equal(opened.find(keys), logits.half().float())
+
+
+def test_rows_are_found_as_soon_as_they_are_added(tmp_path):
+    keys, logits = made(6, 5)
+    writer = LogitCache(tmp_path).open("a")
+    writer.add(keys[:1], logits[:1])
+    reader = LogitCache(tmp_path).open("a")
+    for count in range(1, 7):
+        writer.add(keys[:count], logits[:count])
+        reader.refresh()
+        for store in (writer, reader):
+            assert torch.equal(store.find(keys[:count]), logits[:count].half().float())
 
 
 def test_processes_write_side_by_side_and_read_each_other_after_a_refresh(tmp_path):

@@ -146,6 +146,8 @@ def test_each_mapping_has_its_own_mask():
         return {"query": text([1, 2], 3, 0), "passage": text([3, 2], width, 9)}
 
     assert example_keys((), pair(4)) == example_keys((), pair(8))
+    one, two = ({name: value.clamp(max=1) for name, value in text([n], 2, 0).items()} for n in (1, 2))
+    assert example_keys((), {"query": one, "passage": two}) != example_keys((), {"query": two, "passage": one})
 
 
 @pytest.mark.parametrize(
