@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,12 +25,14 @@ from lightning_compress.callbacks.order import Claim, check_together
 from lightning_compress.callbacks.probe import first_student_call
 from lightning_compress.distillation.comparing import any_width, takes_temperature
 from lightning_compress.distillation.details import Details
+from lightning_compress.distillation.keys import fingerprint
 from lightning_compress.distillation.losses import soft_targets
-from lightning_compress.distillation.own_teachers import MeanTeacher, Peer, StartingModel, copy_of, follow
-from lightning_compress.distillation.pairing import pair_layers
+from lightning_compress.distillation.own_teachers import MeanTeacher, Peer, StartingModel, check_source, copy_of, follow
+from lightning_compress.distillation.pairing import pair_called
+from lightning_compress.distillation.recall import recall_from
 from lightning_compress.distillation.running import RunningTeacher
 from lightning_compress.distillation.taps import Call, logits_of
-from lightning_compress.distillation.teachers import Teacher, TeacherCheckpoint, build_teacher
+from lightning_compress.distillation.teachers import Builder, Teacher, build_teacher
 from lightning_compress.distillation.teaching import LogitTerm, Teaching
 from lightning_compress.distillation.terms import LayerTerm, name_of, tapped_terms
 from lightning_compress.distillation.weighing import Weight, check_temperatures, check_weights
@@ -53,8 +54,9 @@ class Distillation(L.Callback):
 
     Args:
         teacher: a module; the path of a checkpoint of the student's class; a callable that builds a module, such as
-            `TeacherCheckpoint`; or one that comes from the student: `StartingModel()`, `MeanTeacher()`, `Peer(name)`.
-            It is held here, never in the LightningModule, its checkpoints or its optimizer.
+            `TeacherCheckpoint`; or one that comes from the student: `StartingModel()`, `MeanTeacher()`, `Peer(name)`;
+            None reads `Details(cache=...)` alone. It is held here, never in the LightningModule, its checkpoints or its
+            optimizer.
         weight: share of the logits' loss, in [0, 1], or a schedule of progress; 0 is plain training but for `layers`.
         temperature: softens both distributions; above 0, or a schedule.
         loss: (student logits, teacher logits, temperature) -> scalar, or without the temperature, as `logit_mse`. It
@@ -72,7 +74,7 @@ class Distillation(L.Callback):
 
     def __init__(
         self,
-        teacher: nn.Module | TeacherCheckpoint | StartingModel | MeanTeacher | Peer | Callable[[], nn.Module] | str,
+        teacher: nn.Module | Builder | StartingModel | MeanTeacher | Peer | str | None,
         weight: float | Callable[[float], float] = 0.5,
         temperature: float | Callable[[float], float] = DEFAULT_TEMPERATURE,
         loss: Callable[..., Tensor] = soft_targets,
@@ -82,7 +84,7 @@ class Distillation(L.Callback):
         details: Details | None = None,
     ) -> None:
         super().__init__()
-        self.source: Teacher | StartingModel | MeanTeacher | Peer = teacher
+        self.source: Teacher | StartingModel | MeanTeacher | Peer | None = teacher
         self.weight: Weight = check_weights(weight)
         self.temperature: Weight = check_temperatures(temperature)
         self.loss, self.student = loss, student
@@ -90,8 +92,7 @@ class Distillation(L.Callback):
             raise ValueError(f"temperature={temperature} was given, but {loss} takes no temperature; leave it out")
         self.layers = (layers,) if isinstance(layers, LayerTerm) else tuple(layers)
         self.details = details or Details()
-        if isinstance(teacher, Peer) and (self.layers or student is None):
-            raise ValueError("a Peer teaches by its logits a student that is named: pass student='name', and no layers")
+        check_source(teacher, student, bool(self.layers), self.details.cache is not None)
         self.enabled = enabled and (weight != 0.0 or bool(self.layers))
         self.teacher: nn.Module | None = None
         self.clock = Clock()
@@ -154,6 +155,9 @@ class Distillation(L.Callback):
         if isinstance(self.source, Peer):
             lesson.listen_to_peer(pl_module, self.source.name)
             return
+        if self.source is None:
+            teaching.recall = recall_from(self.details.cache, None)
+            return
         teaching.same_part = isinstance(self.source, OWN)
         built = copy_of(pl_module) if isinstance(self.source, OWN) else build_teacher(self.source, pl_module)
         self.teacher, teaching.teacher = built, RunningTeacher(built, self.details)
@@ -162,12 +166,16 @@ class Distillation(L.Callback):
             self._tap(teaching, teaching.teacher, pl_module, found)
         if found is not None:
             lesson.tried_on(pl_module, *found)
+        if self.details.cache is not None:
+            teaching.recall = recall_from(self.details.cache, f"{fingerprint(built)} {self.details.precision}")
 
     def _tap(
         self, teaching: Teaching, teacher: RunningTeacher, pl_module: L.LightningModule, found: tuple[Any, Call] | None
     ) -> None:
         """Attach to the layers of both models, paired by name, or by running both on two examples."""
-        pairs = functools.partial(_paired, teaching, teacher, pl_module, found)
+        part = found[1].name if found and teaching.same_part else ""
+        inputs = None if found is None else teaching.arguments(found[1], found[0])
+        pairs = functools.partial(pair_called, pl_module, found and found[1], teacher.module, part, inputs)
         teaching.terms = tapped_terms(self.layers, pl_module, teacher.module, pairs)
         self._undo += [undo for term in teaching.terms for undo in term.attach(pl_module, teacher.module)]
 
@@ -235,8 +243,15 @@ class Distillation(L.Callback):
         """Leave out what belongs to a running fit, so that the callback pickles and copies at any time."""
         return {**self.__dict__, "_undo": [], "lesson": None}
 
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.lesson is not None and self.lesson.teaching.recall is not None:
+            self.lesson.teaching.recall.store.refresh()  # what other processes have written
+
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.lesson is not None and not self.lesson.used:
+        if self.lesson is None:
+            return
+        self.lesson.epoch_ends(trainer, pl_module)
+        if not self.lesson.used:
             raise CompressError(
                 f"a whole epoch passed without a call of the student '{self.student}' that could be taught; "
                 f"check student=, or call self.manual_backward(loss) in manual optimization"
@@ -278,30 +293,3 @@ class Distillation(L.Callback):
         if self.enabled and state_dict:
             check_state(state_dict, self.recipe(), self)
             self._restored = {key: value for key, value in state_dict.items() if key not in ("format", "recipe")}
-
-
-def _paired(
-    teaching: Teaching, teacher: RunningTeacher, pl_module: L.LightningModule, found: tuple[Any, Call] | None
-) -> list[tuple[str, str]]:
-    """Return pairs of layers by their names in the LightningModule and the teacher; runs both on two examples."""
-    if found is None:
-        raise ValueError(
-            "layers without names are paired by running both models on two examples, but none can be read from this "
-            "training data before the first batch (or the model is large); name them: LayerTerm(loss, student=...)"
-        )
-    batch, call = found
-    student = pl_module.get_submodule(call.name) if call.name else pl_module
-    other_name = call.name if teaching.same_part else ""
-    other = teacher.part(other_name)
-    own = call.args, {name: value for name, value in call.kwargs.items() if name != "labels"}
-    inputs = [_bound(student, *own), _bound(other, *teaching.arguments(call, batch))]
-    return [
-        (f"{call.name}.{one}".lstrip("."), f"{other_name}.{two}".lstrip("."))
-        for one, two in pair_layers(student, other, *inputs)
-    ]
-
-
-def _bound(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if not kwargs:
-        return args
-    return dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments) if args else kwargs

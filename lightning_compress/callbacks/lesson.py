@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from lightning_compress.callbacks.clock import Clock
 from lightning_compress.callbacks.probe import uncompiled
@@ -18,6 +19,7 @@ from lightning_compress.distillation.taps import Call, Tap
 from lightning_compress.distillation.teaching import Teaching, combined
 from lightning_compress.distillation.weighing import Weight, value_at
 from lightning_compress.errors import CompressError
+from lightning_compress.measure.agreement import Agreement
 from lightning_compress.pruning.calibration import evaluating
 
 __all__ = ["Lesson"]
@@ -69,6 +71,7 @@ class Lesson:
             length: of the run in optimizer steps; None where nothing is scheduled.
         """
         self._length = length
+        self.teaching.agreement = None if pl_module.trainer.barebones else Agreement()
         if self.student is not None:
             self._listen(pl_module, self.student)
         if self._peer_name is not None:
@@ -196,6 +199,15 @@ class Lesson:
         )  # fmt: skip
         return next(iter(values.values())) * 0.0 if loss is None else loss
 
+    def epoch_ends(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log the share of examples whose most likely class is the teacher's. Every process calls it."""
+        agreement, recall = self.teaching.agreement, self.teaching.recall
+        if agreement is not None and agreement.update_called:
+            pl_module.log("compress/agreement", agreement.compute())
+            agreement.reset()
+        if recall is not None:
+            recall.all_seen = recall.all_seen or trainer.limit_train_batches == 1.0
+
     def _progress(self) -> float:
         return 0.0 if self._length is None else min(self.clock.steps / max(self._length, 1), 1.0)
 
@@ -206,7 +218,7 @@ class Lesson:
                 f"the step called '{self.student}' {wanted} times and its peer '{self._peer_name}' {len(outputs)} "
                 f"times before the loss; call both on each batch"
             )
-        return [torch.utils._pytree.tree_map_only(Tensor, Tensor.detach, output) for output in outputs]
+        return [pytree.tree_map_only(Tensor, Tensor.detach, output) for output in outputs]
 
     def _settle(self, pl_module: L.LightningModule, calls: list[Call]) -> None:
         names = sorted({call.name for call in calls})
