@@ -337,3 +337,26 @@ def test_channels_that_go_and_what_cannot_follow_them_are_named(student: Recorde
         fit(student, pruning, Distillation(teacher, layers=LayerTerm(feature_mse, "model.1")))
     fit(student, pruning, Distillation(StartingModel(), layers=LayerTerm(similarity_preserving, "model.1")))
     assert student.model[0].out_features < 8
+
+
+def saved_bytes(width: int) -> int:
+    """What autograd keeps for the backwards of a short run with a teacher of this width."""
+    torch.manual_seed(0)
+    student = Net()
+    teacher = nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 3))
+    kept = 0
+
+    def pack(value: Tensor) -> Tensor:
+        nonlocal kept
+        kept += value.numel() * value.element_size()
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+        fit(student, Distillation(teacher, layers=LayerTerm(similarity_preserving, "model.1", weight=0.1)))
+    return kept
+
+
+def test_the_teachers_activations_add_no_autograd_memory() -> None:
+    small, large = saved_bytes(8), saved_bytes(4096)
+    assert small > 0
+    assert large == small
