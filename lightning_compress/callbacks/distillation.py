@@ -54,9 +54,8 @@ class Distillation(L.Callback):
 
     Args:
         teacher: a module; the path of a checkpoint of the student's class; a callable that builds a module, such as
-            `TeacherCheckpoint`; or one that comes from the student: `StartingModel()`, `MeanTeacher()`, `Peer(name)`;
-            None reads `Details(cache=...)` alone. It is held here, never in the LightningModule, its checkpoints or its
-            optimizer.
+            `TeacherCheckpoint`; one of the student's own, `StartingModel()`, `MeanTeacher()`, `Peer(name)`; or None, to
+            read a cache. It is held here, never in the LightningModule, its checkpoints or its optimizer.
         weight: share of the logits' loss, in [0, 1], or a schedule of progress; 0 is plain training but for `layers`.
         temperature: softens both distributions; above 0, or a schedule.
         loss: (student logits, teacher logits, temperature) -> scalar, or without the temperature, as `logit_mse`. It
@@ -74,7 +73,13 @@ class Distillation(L.Callback):
 
     def __init__(
         self,
-        teacher: nn.Module | Builder | StartingModel | MeanTeacher | Peer | str | None,
+        teacher: nn.Module
+        | StartingModel
+        | MeanTeacher
+        | Peer
+        | Builder
+        | str
+        | None,  # jsonargparse takes them in turn
         weight: float | Callable[[float], float] = 0.5,
         temperature: float | Callable[[float], float] = DEFAULT_TEMPERATURE,
         loss: Callable[..., Tensor] = soft_targets,
