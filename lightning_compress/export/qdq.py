@@ -15,6 +15,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.export.clipped import clip_codes
 from lightning_compress.export.faster import join_reshapes, pad_channels
 from lightning_compress.export.graph import Editor, array_of, input_of, only_reader, scopes_of, vector_of
 from lightning_compress.export.grids import MOVED_BEHIND_ROUNDING, Grids
@@ -60,6 +61,7 @@ def insert_qdq(model: ir.Model, module: nn.Module, ranges: Ranges, profile: Prof
         if node.op_type != "Conv":
             inserter.free_of_relu(node)
     if profile.rewritten:
+        clip_codes(editor, kernels, profile.offset)
         join_reshapes(model.graph)
     editor.drop_unused_constants()
 
