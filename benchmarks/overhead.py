@@ -17,6 +17,7 @@ import os
 import platform
 import random
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -33,6 +34,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from models import ImageClassifier, SentenceClassifier, image_batch, sentence_batch
 
 from lightning_compress import Constant, Distillation, GradualPruning, QuantizationAwareTraining
+from lightning_compress.distillation.details import Details as Teaching
+from lightning_compress.distillation.features import attention_transfer, feature_mse
+from lightning_compress.distillation.terms import LayerTerm
 from lightning_compress.quantization.details import Details
 
 WARMUP = 3
@@ -41,7 +45,11 @@ BUDGETS = {
     "pruning": 1.01,
     "fake-quant": 1.6,
     "fake-quant, compiled": 1.3,
-    "distillation / (student + teacher forward)": 1.03,
+    "fake-quant, ranges frozen": 1.1,
+    "distillation / (student + teacher forward)": 1.02,
+    "distillation with layers / (student + teacher forward)": 1.05,
+    "distillation, teacher in bf16 / (student + teacher forward)": 0.75,
+    "distillation, cached logits / plain": 1.02,
 }
 # glibc gives each thread a heap of its own and large tensors back to the system at once: page faults would then tell
 # the variants apart. One heap that keeps its memory treats all alike.
@@ -137,7 +145,15 @@ def teacher_forward(teacher: torch.nn.Module) -> Callable[[Any], object]:
     return run
 
 
-def variants(module: L.LightningModule) -> dict[str, list[L.Callback]]:
+def layer_term(module: L.LightningModule) -> LayerTerm:
+    """Hidden states of a transformer, feature maps of a CNN; by name, as an endless stream shows no examples."""
+    if isinstance(module, SentenceClassifier):
+        return LayerTerm(feature_mse, "net.bert.encoder.layer.?")
+    return LayerTerm(attention_transfer, ["net.4", "net.6", "net.8", "net.10"])
+
+
+def variants(module: L.LightningModule, folder: str) -> dict[str, list[L.Callback]]:
+    teacher = copy.deepcopy(module.net)
     # Masks from the first step on and no update meanwhile; fake-quant in its dearest phase: observing and rounding.
     qat = {"window": (0, 1, RUN_STEPS)}
     return {
@@ -145,15 +161,21 @@ def variants(module: L.LightningModule) -> dict[str, list[L.Callback]]:
         "pruning": [GradualPruning(Constant(0.9), window=(0, RUN_STEPS), frequency=RUN_STEPS)],
         "fake-quant": [QuantizationAwareTraining(**qat)],
         "fake-quant, compiled": [QuantizationAwareTraining(**qat, details=Details(compiled=True))],
-        "distillation": [Distillation(copy.deepcopy(module.net))],
+        "fake-quant, ranges frozen": [QuantizationAwareTraining(window=(0, 1, WARMUP - 1))],
+        "distillation": [Distillation(copy.deepcopy(teacher))],
+        "distillation with layers": [Distillation(copy.deepcopy(teacher), layers=layer_term(module))],
+        "distillation, teacher in bf16": [
+            Distillation(copy.deepcopy(teacher), details=Teaching(precision="bf16-mixed"))
+        ],
+        "distillation, cached logits": [Distillation(copy.deepcopy(teacher), details=Teaching(cache=folder))],
     }
 
 
-def measure(make: Callable[[], L.LightningModule], batch: Any, rounds: int) -> dict[str, np.ndarray]:
+def measure(make: Callable[[], L.LightningModule], batch: Any, rounds: int, folder: str) -> dict[str, np.ndarray]:
     """Return, for each variant, (rounds, 2) seconds of CPU and wall clock."""
     torch.manual_seed(0)
     module = make()
-    table = variants(module)
+    table = variants(module, folder)
     turns = Turns(list(table))
     extra = {"distillation": teacher_forward(module.net)}
     watches = {name: Stopwatch(name, turns, WARMUP + rounds, extra.get(name)) for name in table}
@@ -191,8 +213,11 @@ def measure(make: Callable[[], L.LightningModule], batch: Any, rounds: int) -> d
 def ratios(times: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
     """Median and quartiles of the per-round ratios, by CPU time and by wall clock."""
     plain = times["plain"]
-    pairs = {name: (times[name], plain) for name in ("pruning", "fake-quant", "fake-quant, compiled")}
-    pairs["distillation / (student + teacher forward)"] = (times["distillation"], plain + times["teacher forward"])
+    both = plain + times["teacher forward"]
+    pairs = {}
+    for name in BUDGETS:
+        variant, _, reference = name.partition(" / ")
+        pairs[name] = (times[variant], both if reference.startswith("(student") else plain)
     result = {}
     for name, (variant, reference) in pairs.items():
         low, middle, high = np.percentile(variant / reference, [25, 50, 75], axis=0)
@@ -225,7 +250,8 @@ def main() -> None:
         "cases": {},
     }
     for case, (make, batch) in cases.items():
-        times = measure(make, batch, options.rounds)
+        with tempfile.TemporaryDirectory() as folder:
+            times = measure(make, batch, options.rounds, folder)
         record["cases"][case] = {
             "plain_step_cpu_s": float(np.median(times["plain"][:, 0])),
             "ratios": ratios(times),

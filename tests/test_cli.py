@@ -15,6 +15,7 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
+from transformers import BertModel
 
 from lightning_compress import (
     Distillation,
@@ -26,6 +27,11 @@ from lightning_compress import (
     soft_targets,
 )
 from lightning_compress.cli import COMMANDS, main
+from lightning_compress.distillation.details import Details as Teaching
+from lightning_compress.distillation.features import cosine_distance
+from lightning_compress.distillation.own_teachers import MeanTeacher
+from lightning_compress.distillation.teachers import PretrainedTeacher
+from lightning_compress.distillation.terms import LayerTerm
 from lightning_compress.quantization.choosing import grids_of
 from lightning_compress.quantization.details import Details
 from lightning_compress.quantization.inputs import PerToken
@@ -117,6 +123,7 @@ CHECKPOINT = {
     "init_args": {"path": "other.ckpt", "module_class": f"{PROJECT}.Net"},
 }
 GRIDS = "lightning_compress.quantization"
+TAUGHT = "lightning_compress.distillation"
 OPTIONS = [
     ("GradualPruning", {"sparsity": 0.5}, "schedule", GradualPruning(0.5).schedule),
     (
@@ -167,6 +174,36 @@ OPTIONS = [
     ("Distillation", {"teacher": "folder/some.ckpt"}, "source", "folder/some.ckpt"),
     ("Distillation", {"teacher": CHECKPOINT}, "source", TeacherCheckpoint("other.ckpt", user_project.Net)),
     ("Distillation", {"teacher": "x.ckpt", "loss": "lightning_compress.soft_targets"}, "loss", soft_targets),
+    (
+        "Distillation",
+        {"teacher": {"class_path": f"{TAUGHT}.own_teachers.MeanTeacher", "init_args": {"decay": 0.9}}},
+        "source",
+        MeanTeacher(0.9),
+    ),
+    (
+        "Distillation",
+        {
+            "teacher": {
+                "class_path": f"{TAUGHT}.teachers.PretrainedTeacher",
+                "init_args": {"path": "folder", "model_class": "transformers.BertModel"},
+            }
+        },
+        "source",
+        PretrainedTeacher("folder", BertModel),
+    ),
+    (
+        "Distillation",
+        {"teacher": "t.ckpt", "layers": [{"loss": f"{TAUGHT}.features.cosine_distance", "student": "net.0"}]},
+        "layers",
+        (LayerTerm(cosine_distance, "net.0"),),
+    ),
+    ("Distillation", {"teacher": "t.ckpt", "details": {"balanced": True}}, "details", Teaching(balanced=True)),
+    (
+        "Distillation",
+        {"teacher": "t.ckpt", "weight": {"class_path": "lightning_compress.Linear", "init_args": {"final": 0.5}}},
+        "weight",
+        Linear(0.5),
+    ),
 ]
 
 

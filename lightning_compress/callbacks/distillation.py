@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,15 +23,18 @@ from lightning_compress.callbacks.contract import (
 from lightning_compress.callbacks.lesson import Lesson
 from lightning_compress.callbacks.order import Claim, check_together
 from lightning_compress.callbacks.probe import first_student_call
-from lightning_compress.distillation.comparing import takes_temperature
+from lightning_compress.distillation.comparing import any_width, takes_temperature
 from lightning_compress.distillation.details import Details
+from lightning_compress.distillation.keys import fingerprint
 from lightning_compress.distillation.losses import soft_targets
-from lightning_compress.distillation.own_teachers import MeanTeacher, Peer, StartingModel, copy_of, follow
+from lightning_compress.distillation.own_teachers import MeanTeacher, Peer, StartingModel, check_source, copy_of, follow
+from lightning_compress.distillation.pairing import pair_called
+from lightning_compress.distillation.recall import recall_from
 from lightning_compress.distillation.running import RunningTeacher
 from lightning_compress.distillation.taps import Call, logits_of
-from lightning_compress.distillation.teachers import Teacher, TeacherCheckpoint, build_teacher
+from lightning_compress.distillation.teachers import Builder, Teacher, build_teacher
 from lightning_compress.distillation.teaching import LogitTerm, Teaching
-from lightning_compress.distillation.terms import LayerTerm, tapped_terms
+from lightning_compress.distillation.terms import LayerTerm, name_of, tapped_terms
 from lightning_compress.distillation.weighing import Weight, check_temperatures, check_weights
 from lightning_compress.errors import CompressError
 
@@ -52,8 +54,8 @@ class Distillation(L.Callback):
 
     Args:
         teacher: a module; the path of a checkpoint of the student's class; a callable that builds a module, such as
-            `TeacherCheckpoint`; or one that comes from the student: `StartingModel()`, `MeanTeacher()`, `Peer(name)`.
-            It is held here, never in the LightningModule, its checkpoints or its optimizer.
+            `TeacherCheckpoint`; one of the student's own, `StartingModel()`, `MeanTeacher()`, `Peer(name)`; or None, to
+            read a cache. It is held here, never in the LightningModule, its checkpoints or its optimizer.
         weight: share of the logits' loss, in [0, 1], or a schedule of progress; 0 is plain training but for `layers`.
         temperature: softens both distributions; above 0, or a schedule.
         loss: (student logits, teacher logits, temperature) -> scalar, or without the temperature, as `logit_mse`. It
@@ -71,7 +73,13 @@ class Distillation(L.Callback):
 
     def __init__(
         self,
-        teacher: nn.Module | TeacherCheckpoint | StartingModel | MeanTeacher | Peer | Callable[[], nn.Module] | str,
+        teacher: nn.Module
+        | StartingModel
+        | MeanTeacher
+        | Peer
+        | Builder
+        | str
+        | None,  # jsonargparse takes them in turn
         weight: float | Callable[[float], float] = 0.5,
         temperature: float | Callable[[float], float] = DEFAULT_TEMPERATURE,
         loss: Callable[..., Tensor] = soft_targets,
@@ -81,7 +89,7 @@ class Distillation(L.Callback):
         details: Details | None = None,
     ) -> None:
         super().__init__()
-        self.source: Teacher | StartingModel | MeanTeacher | Peer = teacher
+        self.source: Teacher | StartingModel | MeanTeacher | Peer | None = teacher
         self.weight: Weight = check_weights(weight)
         self.temperature: Weight = check_temperatures(temperature)
         self.loss, self.student = loss, student
@@ -89,14 +97,14 @@ class Distillation(L.Callback):
             raise ValueError(f"temperature={temperature} was given, but {loss} takes no temperature; leave it out")
         self.layers = (layers,) if isinstance(layers, LayerTerm) else tuple(layers)
         self.details = details or Details()
-        if isinstance(teacher, Peer) and (self.layers or student is None):
-            raise ValueError("a Peer teaches by its logits a student that is named: pass student='name', and no layers")
+        check_source(teacher, student, bool(self.layers), self.details.cache is not None)
         self.enabled = enabled and (weight != 0.0 or bool(self.layers))
         self.teacher: nn.Module | None = None
         self.clock = Clock()
         self.lesson: Lesson | None = None
         self._undo: list[Callable[[], None]] = []
         self._restored: dict[str, Any] | None = None
+        self._followed = 0
 
     @property
     def complete(self) -> bool:
@@ -107,6 +115,14 @@ class Distillation(L.Callback):
         """Say whose loss this callback changes: the whole step's, or a named student's."""
         taught = "training_step" if self.student is None else f"training_step of '{self.student}'"
         return [Claim(type(self).__name__, "distil", frozenset({taught}))] if self.enabled else []
+
+    @property
+    def follows(self) -> str:
+        """Say what of it cannot follow a model whose channels go, for `check_together`; "" is nothing."""
+        if not self.enabled:
+            return ""
+        fixed = [name_of(term.loss) for term in self.layers if not any_width(term.loss)]
+        return "MeanTeacher" if isinstance(self.source, MeanTeacher) else f"the term {fixed[0]}" if fixed else ""
 
     def recipe(self) -> dict[str, Any]:
         """Return the options as primitives, as a checkpoint and a logger keep them."""
@@ -127,7 +143,7 @@ class Distillation(L.Callback):
         self._release()
         if trainer.global_step == 0:  # a fresh run with the same callback object
             self.clock.reset()
-            self._restored = None
+            self._restored, self._followed = None, 0
         self.lesson = Lesson(self._teaching(), self.student, self.weight, self.temperature)
         if is_final_at_setup(pl_module):
             self._prepare(self.lesson, trainer, pl_module)
@@ -144,6 +160,9 @@ class Distillation(L.Callback):
         if isinstance(self.source, Peer):
             lesson.listen_to_peer(pl_module, self.source.name)
             return
+        if self.source is None:
+            teaching.recall = recall_from(self.details.cache, None)
+            return
         teaching.same_part = isinstance(self.source, OWN)
         built = copy_of(pl_module) if isinstance(self.source, OWN) else build_teacher(self.source, pl_module)
         self.teacher, teaching.teacher = built, RunningTeacher(built, self.details)
@@ -152,21 +171,18 @@ class Distillation(L.Callback):
             self._tap(teaching, teaching.teacher, pl_module, found)
         if found is not None:
             lesson.tried_on(pl_module, *found)
+        if self.details.cache is not None:
+            teaching.recall = recall_from(self.details.cache, f"{fingerprint(built)} {self.details.precision}")
 
     def _tap(
         self, teaching: Teaching, teacher: RunningTeacher, pl_module: L.LightningModule, found: tuple[Any, Call] | None
     ) -> None:
-        """Attach to the layers of both models, by names in the module that the step calls."""
-        name = self.student if found is None else found[1].name
-        if name is None:
-            raise ValueError(
-                "layers= needs to know whose layers, but the step's student cannot be found before the first batch "
-                "(data that cannot be read by index, or a large model); pass student='name' of the submodule it calls"
-            )
-        student, other = pl_module.get_submodule(name), teacher.part(name if teaching.same_part else "")
-        batches = [None, None] if found is None else _batches(teaching, found, student, other)
-        teaching.terms = tapped_terms(self.layers, student, other, *batches)
-        self._undo += [undo for term in teaching.terms for undo in term.attach(student, other)]
+        """Attach to the layers of both models, paired by name, or by running both on two examples."""
+        part = found[1].name if found and teaching.same_part else ""
+        inputs = None if found is None else teaching.arguments(found[1], found[0])
+        pairs = functools.partial(pair_called, pl_module, found and found[1], teacher.module, part, inputs)
+        teaching.terms = tapped_terms(self.layers, pl_module, teacher.module, pairs)
+        self._undo += [undo for term in teaching.terms for undo in term.attach(pl_module, teacher.module)]
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.lesson is None:
@@ -181,6 +197,7 @@ class Distillation(L.Callback):
             running.move(trainer.precision_plugin.convert_module, pl_module.device)
         self.clock.attach(trainer.optimizers, functools.partial(self._after_step, trainer, pl_module))
         self.lesson.clock = self.clock
+        self.lesson.before_step = functools.partial(self._follow, pl_module)
 
     def _after_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer, time_moved: bool
@@ -190,7 +207,11 @@ class Distillation(L.Callback):
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         for term in self.lesson.teaching.terms:
             term.projections.step(1.0 if scaler is None else scaler.get_scale())
-        if isinstance(self.source, MeanTeacher) and self.teacher is not None:
+
+    def _follow(self, pl_module: L.LightningModule) -> None:
+        """Move the student's average on, once others have done what they do to weights after a step."""
+        if isinstance(self.source, MeanTeacher) and self.teacher is not None and self.clock.steps > self._followed:
+            self._followed = self.clock.steps
             follow(self.teacher, pl_module, self.source.decay, self.clock.steps)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -202,6 +223,10 @@ class Distillation(L.Callback):
             self._restored = None
         elif self.clock.steps == 0 and trainer.global_step > 0:  # resumed from a run without this callback
             self.clock.start_at(trainer.global_step // max(1, len(trainer.optimizers)))
+            self._followed = self.clock.steps
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._follow(pl_module)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._release()
@@ -223,8 +248,15 @@ class Distillation(L.Callback):
         """Leave out what belongs to a running fit, so that the callback pickles and copies at any time."""
         return {**self.__dict__, "_undo": [], "lesson": None}
 
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.lesson is not None and self.lesson.teaching.recall is not None:
+            self.lesson.teaching.recall.store.refresh()  # what other processes have written
+
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.lesson is not None and not self.lesson.used:
+        if self.lesson is None:
+            return
+        self.lesson.epoch_ends(trainer, pl_module)
+        if not self.lesson.used:
             raise CompressError(
                 f"a whole epoch passed without a call of the student '{self.student}' that could be taught; "
                 f"check student=, or call self.manual_backward(loss) in manual optimization"
@@ -243,6 +275,7 @@ class Distillation(L.Callback):
         if teaching.terms:
             state["projections"] = {term.name: term.projections.state_dict() for term in teaching.terms}
         if isinstance(self.source, OWN) and self.teacher is not None:
+            state["followed"] = self._followed
             state["teacher"] = {name: value.detach().cpu().clone() for name, value in self.teacher.state_dict().items()}
         return state
 
@@ -255,6 +288,7 @@ class Distillation(L.Callback):
         for term in teaching.terms:
             term.projections.load_state_dict(state["projections"][term.name])
         if "teacher" in state and self.teacher is not None:
+            self._followed = state["followed"]
             self.teacher.load_state_dict(state["teacher"])
 
     def state_dict(self) -> dict[str, Any]:
@@ -264,17 +298,3 @@ class Distillation(L.Callback):
         if self.enabled and state_dict:
             check_state(state_dict, self.recipe(), self)
             self._restored = {key: value for key, value in state_dict.items() if key not in ("format", "recipe")}
-
-
-def _batches(teaching: Teaching, found: tuple[Any, Call], student: nn.Module, teacher: nn.Module) -> list[Any]:
-    """Return two examples as each model's arguments, as `pair_layers` takes them."""
-    batch, call = found
-    student_call = call.args, {name: value for name, value in call.kwargs.items() if name != "labels"}
-    pairs = ((student, student_call), (teacher, teaching.arguments(call, batch)))
-    return [_bound(model, *arguments) for model, arguments in pairs]
-
-
-def _bound(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if not kwargs:
-        return args
-    return dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments) if args else kwargs

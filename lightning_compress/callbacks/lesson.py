@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from lightning_compress.callbacks.clock import Clock
 from lightning_compress.callbacks.probe import uncompiled
@@ -18,6 +19,8 @@ from lightning_compress.distillation.taps import Call, Tap
 from lightning_compress.distillation.teaching import Teaching, combined
 from lightning_compress.distillation.weighing import Weight, value_at
 from lightning_compress.errors import CompressError
+from lightning_compress.measure.agreement import Agreement
+from lightning_compress.pruning.calibration import evaluating
 
 __all__ = ["Lesson"]
 
@@ -39,12 +42,14 @@ class Lesson:
         self.weight, self.temperature = weight, temperature
         self.used = False
         self.clock = Clock()
+        self.before_step: Callable[[], None] = lambda: None
         self._length: int | None = None
         self._tap, self._peer = Tap(), Tap()
         self._peer_name: str | None = None
         self._listening = False
         self._batch: Any = None
         self._undo: list[Undo] = []
+        self._search_ends: Undo | None = None
 
     @property
     def scheduled(self) -> bool:
@@ -66,6 +71,7 @@ class Lesson:
             length: of the run in optimizer steps; None where nothing is scheduled.
         """
         self._length = length
+        self.teaching.agreement = None if pl_module.trainer.barebones else Agreement()
         if self.student is not None:
             self._listen(pl_module, self.student)
         if self._peer_name is not None:
@@ -99,7 +105,7 @@ class Lesson:
         with torch.no_grad():
             if teaching.terms:
                 part = pl_module.get_submodule(call.name) if call.name else pl_module
-                with teaching.trying():
+                with evaluating(part), teaching.trying():
                     part(*call.args, **call.kwargs)
             teaching.values([call], batch, value_at(self.temperature, 0.0))
         for term in teaching.terms:
@@ -123,20 +129,22 @@ class Lesson:
     ) -> Any:
         if not pl_module.trainer.training:  # a validation_step that calls training_step wants the task's loss
             return original(*args, **kwargs)
-        searching = None if self._listening else self._tap.attach_outermost(pl_module)
+        self.before_step()
+        searching = not self._listening
+        if searching:
+            self._search_ends = self._tap.attach_outermost(pl_module)
         self._batch = args[0] if args else next(iter(kwargs.values()))
         self._open(True)
         try:
-            with nullcontext() if searching is None else uncompiled():
+            with uncompiled() if searching else nullcontext():
                 output = original(*args, **kwargs)
-            self._open(False)
-            return self._combined(pl_module, output)
+                self._open(False)
+                return self._combined(pl_module, output)
         finally:
             self._open(False)
             self._forget()
             self._batch = None
-            if searching is not None:
-                searching()
+            self._stop_searching()
 
     def _around_backward(
         self, pl_module: L.LightningModule, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -191,6 +199,15 @@ class Lesson:
         )  # fmt: skip
         return next(iter(values.values())) * 0.0 if loss is None else loss
 
+    def epoch_ends(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log the share of examples whose most likely class is the teacher's. Every process calls it."""
+        agreement, recall = self.teaching.agreement, self.teaching.recall
+        if agreement is not None and agreement.update_called:
+            pl_module.log("compress/agreement", agreement.compute())
+            agreement.reset()
+        if recall is not None:
+            recall.all_seen = recall.all_seen or trainer.limit_train_batches == 1.0
+
     def _progress(self) -> float:
         return 0.0 if self._length is None else min(self.clock.steps / max(self._length, 1), 1.0)
 
@@ -201,7 +218,7 @@ class Lesson:
                 f"the step called '{self.student}' {wanted} times and its peer '{self._peer_name}' {len(outputs)} "
                 f"times before the loss; call both on each batch"
             )
-        return [torch.utils._pytree.tree_map_only(Tensor, Tensor.detach, output) for output in outputs]
+        return [pytree.tree_map_only(Tensor, Tensor.detach, output) for output in outputs]
 
     def _settle(self, pl_module: L.LightningModule, calls: list[Call]) -> None:
         names = sorted({call.name for call in calls})
@@ -212,3 +229,9 @@ class Lesson:
             )
         if not self._listening:
             self._listen(pl_module, names[0])
+            self._stop_searching()  # a step may go on to call the student again
+
+    def _stop_searching(self) -> None:
+        if self._search_ends is not None:
+            self._search_ends()
+            self._search_ends = None

@@ -54,6 +54,16 @@ class Removing(Claiming, Protocol):
     times: Timetable
 
 
+@runtime_checkable
+class Following(Protocol):
+    """A callback that compares the model's shapes with those of a teacher."""
+
+    @property
+    def follows(self) -> str:
+        """Say what of it cannot follow a model whose channels go; "" is nothing."""
+        ...
+
+
 def check_zeros(claims: Iterable[Claim], without_zero: Iterable[str]) -> None:
     """Raise if a weight is pruned whose grid has no zero: what was pruned would come back in each forward.
 
@@ -138,6 +148,11 @@ def check_together(callbacks: Iterable[object]) -> None:
     check_claims(claims)
     removing = [callback for callback in listed if isinstance(callback, Removing) and callback.removal.times]
     for callback in listed:
+        if isinstance(callback, Following) and callback.follows and any(isinstance(c, Removing) for c in listed):
+            raise IncompatibleCallbacks(
+                f"StructuredPruning takes channels out of the model while it trains, which {callback.follows} cannot "
+                f"follow; teach the logits, or layers with a loss that takes any width, by a teacher of its own"
+            )
         if isinstance(callback, Quantizing):
             check_zeros(claims, callback.quantized.without_zero)
             for other in removing:

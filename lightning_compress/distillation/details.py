@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from lightning_compress.distillation.cache import LogitCache
+
 __all__ = ["Details"]
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true"]
@@ -31,6 +33,8 @@ class Details:
         balanced: bring each term to the size of the task's loss, both as running means, before its weight counts.
         precision: the teacher's, as the Trainer writes it; None is the run's.
         compiled: compile the teacher with `torch.compile`.
+        cache: folder that keeps the teacher's logits, or a `LogitCache`: the first epoch writes them, later epochs and
+            runs read them (a run with `teacher=None` only reads). Inputs must repeat: no random augmentation.
         device: the teacher's, such as "cuda:1"; None is the student's. Inputs and outputs are moved.
 
     Raises:
@@ -46,6 +50,7 @@ class Details:
     precision: Precision | None = None
     compiled: bool = False
     device: str | None = None
+    cache: str | LogitCache | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.task_weight, (int, float)) and not 0.0 <= self.task_weight < float("inf"):

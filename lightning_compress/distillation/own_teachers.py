@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_compress.errors import CompressError
 
-__all__ = ["MeanTeacher", "Peer", "StartingModel", "follow"]
+__all__ = ["MeanTeacher", "Peer", "StartingModel", "check_source", "copy_of", "follow"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,28 @@ class Peer:
     name: str
 
 
+def check_source(teacher: object, student: str | None, layers: bool, cached: bool) -> None:
+    """Raise if a teacher cannot teach what it is asked to. Runs when `Distillation` is made.
+
+    Args:
+        teacher: as the user gave it; None only reads a cache.
+        student: its name, or None.
+        layers: whether it teaches layers.
+        cached: whether its logits are kept.
+
+    Raises:
+        ValueError: with the cure.
+
+    >>> check_source(StartingModel(), None, layers=True, cached=False)
+    """
+    if isinstance(teacher, Peer) and (layers or student is None):
+        raise ValueError("a Peer teaches by its logits a student that is named: pass student='name', and no layers")
+    if cached and (layers or isinstance(teacher, (StartingModel, MeanTeacher, Peer))):
+        raise ValueError("a cache holds logits of a teacher that stays as it is: leave out layers=, or the cache")
+    if teacher is None and not cached:
+        raise ValueError("teacher=None reads a cache that another run has written: pass details=Details(cache=...)")
+
+
 def copy_of(student: nn.Module) -> nn.Module:
     """Return a copy to teach with; its parameters get no gradient."""
     return copy.deepcopy(student).requires_grad_(False)
@@ -88,6 +110,6 @@ def follow(average: nn.Module, student: nn.Module, decay: float, step: int) -> N
                 f"the mean teacher cannot follow a student whose '{name}' has changed from {tuple(parameter.shape)}; "
                 f"teach with StartingModel() or another teacher while channels are taken out"
             )
-    torch._foreach_lerp_(list(own.values()), [other[name].detach() for name in own], 1.0 - kept)
+        parameter.lerp_(other[name], 1.0 - kept)
     for buffer, value in zip(average.buffers(), student.buffers(), strict=True):
         buffer.copy_(value)

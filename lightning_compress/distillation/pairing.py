@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-from lightning_compress.distillation.taps import first_tensor, unwrapped
+from lightning_compress.distillation.taps import Call, first_tensor, unwrapped
 from lightning_compress.pruning.calibration import evaluating, run
 from lightning_compress.sharding import clean_name
 
-__all__ = ["blocks_of", "output_shapes", "pair_by_depth", "pair_by_size", "pair_layers"]
+__all__ = ["blocks_of", "output_shapes", "pair_by_depth", "pair_by_size", "pair_called", "pair_layers"]
 
 Shape = tuple[int, ...]
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def pair_layers(student: nn.Module, teacher: nn.Module, batch: Any, teacher_batch: Any = None) -> list[tuple[str, str]]:
@@ -48,6 +50,42 @@ def pair_layers(student: nn.Module, teacher: nn.Module, batch: Any, teacher_batc
             f"the pairs of layers yourself"
         )
     return pairs
+
+
+def pair_called(
+    module: nn.Module, call: Call | None, teacher: nn.Module, part: str, inputs: Arguments | None
+) -> list[tuple[str, str]]:
+    """Return `pair_layers` of a student in its module, and of a part of the teacher, by their names there.
+
+    Args:
+        module: the LightningModule.
+        call: of the student, on a few examples; None where none can be had.
+        teacher: the teacher.
+        part: name of the submodule of it that is called; "" is itself.
+        inputs: its arguments.
+
+    Raises:
+        ValueError: there is no call, or no pair.
+    """
+    if call is None or inputs is None:
+        raise ValueError(
+            "layers without names are paired by running both models on two examples, but none can be read from this "
+            "training data before the first batch (or the model is large); name them: LayerTerm(loss, student=...)"
+        )
+    student, other = _part(module, call.name), _part(teacher, part)
+    own = call.args, {name: value for name, value in call.kwargs.items() if name != "labels"}
+    pairs = pair_layers(student, other, _bound(student, *own), _bound(other, *inputs))
+    return [(f"{call.name}.{one}".lstrip("."), f"{part}.{two}".lstrip(".")) for one, two in pairs]
+
+
+def _part(module: nn.Module, name: str) -> nn.Module:
+    return module.get_submodule(name) if name else module
+
+
+def _bound(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if not kwargs:
+        return args
+    return dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments) if args else kwargs
 
 
 def pair_by_depth(student: Sequence[str], teacher: Sequence[str]) -> list[tuple[str, str]]:

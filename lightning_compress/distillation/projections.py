@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from lightning_compress.errors import CheckpointMismatch
 from lightning_compress.sharding import all_reduce_sum, world_size
@@ -114,4 +115,4 @@ class Projections:
 
 
 def _copied(tree: Any) -> Any:
-    return torch.utils._pytree.tree_map_only(Tensor, lambda value: value.detach().cpu().clone(), tree)
+    return pytree.tree_map_only(Tensor, lambda value: value.detach().cpu().clone(), tree)

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from lightning_compress.distillation.comparing import kept_tokens, keywords_of, takes_temperature
 from lightning_compress.distillation.details import Details
+from lightning_compress.distillation.recall import Recall
 from lightning_compress.distillation.running import RunningTeacher
 from lightning_compress.distillation.taps import Call, logits_of
 from lightning_compress.distillation.terms import TappedTerm
 from lightning_compress.errors import CompressError
+from lightning_compress.measure.agreement import Agreement
 from lightning_compress.sharding import all_reduce_sum, world_size
 
 __all__ = ["LogitTerm", "RunningSizes", "Teaching", "combined"]
@@ -44,13 +46,15 @@ class LogitTerm:
     loss: Callable[..., Tensor]
     outputs: Callable[[Any], Tensor] = logits_of
 
-    def __call__(self, who: str, call: Call, output: Any, temperature: float, options: Mapping[str, Tensor]) -> Tensor:
-        """Return the loss between a student's call and a teacher's output.
+    def __call__(
+        self, who: str, call: Call, teacher: Tensor, temperature: float, options: Mapping[str, Tensor]
+    ) -> Tensor:
+        """Return the loss between a student's call and a teacher's logits.
 
         Raises:
             ValueError: logits of different shapes.
         """
-        student, teacher = self.outputs(call.output), self.outputs(output)
+        student = self.outputs(call.output)
         if student.shape != teacher.shape:
             raise ValueError(
                 f"teacher and student must have logits of one shape, got {tuple(teacher.shape)} from {who} and "
@@ -86,6 +90,9 @@ class Teaching:
         teacher: None where outputs come from elsewhere.
         same_part: the teacher is a copy of the whole LightningModule, of which the student's own part is called.
         terms: of layers.
+        sizes: of the terms, for `balanced`.
+        recall: a store of the teacher's logits, which is asked first.
+        agreement: counts where both models find the same class most likely; None does not.
     """
 
     logits: LogitTerm | None
@@ -94,6 +101,8 @@ class Teaching:
     same_part: bool = False
     terms: list[TappedTerm] = field(default_factory=list)
     sizes: RunningSizes = field(default_factory=RunningSizes)
+    recall: Recall | None = None
+    agreement: Agreement | None = None
 
     def logits_of(self, call: Call) -> Tensor:
         """Return the student's logits."""
@@ -132,9 +141,22 @@ class Teaching:
                 tap.opened, tap.gradient = False, True
 
     def _output(self, call: Call, batch: Any) -> Any:
+        arguments = self.arguments(call, batch)
+        if self.recall is not None:
+            return self.recall(arguments, self.logits_of(call).device, self._ask)
+        return self._ask(*arguments, part=call.name if self.same_part else "")
+
+    def _ask(self, args: tuple[Any, ...], kwargs: dict[str, Any], part: str = "") -> Any:
         if self.teacher is None:
             raise CompressError("Distillation is not set up; it works inside trainer.fit")
-        return self.teacher(call.name if self.same_part else "", *self.arguments(call, batch))
+        output = self.teacher(part, args, kwargs)
+        return output if self.recall is None else (self.details.outputs or logits_of)(output)
+
+    @torch.no_grad()
+    def _note(self, student: Tensor, teacher: Tensor) -> None:
+        """Take in how often both find the same class most likely."""
+        if self.agreement is not None and student.dim() > 1 and student.shape[-1] > 1:
+            self.agreement.to(student.device).update(student, teacher)
 
     def arguments(self, call: Call, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return what the teacher is called with."""
@@ -151,7 +173,9 @@ class Teaching:
         found = []
         if self.logits is not None:
             who = "its peer" if self.teacher is None else f"the teacher {type(self.teacher.module).__name__}"
-            found.append(("kd", self.logits(who, call, output, temperature, self._options(call, batch))))
+            wanted = output if self.recall is not None else self.logits.outputs(output)
+            found.append(("kd", self.logits(who, call, wanted, temperature, self._options(call, batch))))
+            self._note(self.logits_of(call), wanted)
         mask = self._mask(call, batch) if self.terms else None
         for term, values in zip(self.terms, seen, strict=True):
             found.append((term.name, term.value(index, count, values, mask)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +11,16 @@ from torch import Tensor, nn
 
 from lightning_compress.distillation.comparing import any_width, keywords_of
 from lightning_compress.distillation.features import feature_mse
-from lightning_compress.distillation.pairing import pair_by_depth, pair_layers
+from lightning_compress.distillation.pairing import pair_by_depth
 from lightning_compress.distillation.projections import Projections, channel_dim
 from lightning_compress.distillation.taps import LayerTap, Read, unwrapped
 from lightning_compress.errors import CompressError
 from lightning_compress.select import Pattern, matching_modules
+from lightning_compress.sharding import clean_name
 
-__all__ = ["LayerTerm", "TappedTerm", "name_of", "tapped_terms"]
+__all__ = ["LayerTerm", "TappedTerm", "name_of", "same_name", "tapped_terms"]
+
+Patterns = Pattern | Sequence[Pattern]
 
 
 @dataclass(frozen=True)
@@ -26,9 +29,10 @@ class LayerTerm:
 
     Args:
         loss: (student's value, teacher's value) -> scalar; it gets a `mask` of the tokens if it has such a parameter.
-        student: name, glob or class name of layers in the module that the step calls; None pairs layers by depth, or
-            in a CNN by spatial size (`pairing.pair_layers`).
-        teacher: the same in the teacher; None is what `student` says. If they are more, they are paired by depth.
+        student: names, globs or class names of layers in the LightningModule; None pairs layers by depth, or in a CNN
+            by spatial size (`pairing.pair_layers`).
+        teacher: the same in the teacher, paired in order, or by depth if they are more; None is the layers of the same
+            names, with or without the parts before them ("model.encoder.0" and "encoder.0").
         weight: what the term is multiplied by, at least 0, or a schedule of progress.
         read: "output", "input" or "attention": which value of the layers.
         project: learn a linear projection to the teacher's width: True, False, or None: where widths differ, unless the
@@ -40,8 +44,8 @@ class LayerTerm:
     """
 
     loss: Callable[..., Tensor] = feature_mse
-    student: Pattern | None = None
-    teacher: Pattern | None = None
+    student: Patterns | None = None
+    teacher: Patterns | None = None
     weight: float | Callable[[float], float] = 1.0
     read: Read = "output"
     project: bool | None = None
@@ -125,43 +129,55 @@ def _fits(mask: Tensor, value: Tensor) -> bool:
 
 
 def tapped_terms(
-    terms: Iterable[LayerTerm], student: nn.Module, teacher: nn.Module, batch: Any, teacher_batch: Any
+    terms: Iterable[LayerTerm], module: nn.Module, teacher: nn.Module, found: Callable[[], list[tuple[str, str]]]
 ) -> list[TappedTerm]:
     """Return the terms with their pairs and own taps, not yet attached. Runs once, at `setup`.
 
     Args:
         terms: as the user gave them.
-        student: the module that the step calls.
+        module: the LightningModule: the student's names are its.
         teacher: the teacher.
-        batch: a batch of the student's inputs for terms without names; None where there is none.
-        teacher_batch: the teacher's.
+        found: gives the pairs of terms without names.
 
     Raises:
-        ValueError: a pattern matches nothing, no layer pairs by itself, or names are needed for want of a batch.
+        ValueError: a pattern matches nothing, or the two sides do not pair.
     """
-    found: list[TappedTerm] = []
+    tapped: list[TappedTerm] = []
     for term in terms:
-        name, same = name_of(term.loss), sum(name_of(term.loss) == name_of(other.term.loss) for other in found)
+        name, same = name_of(term.loss), sum(name_of(term.loss) == name_of(other.term.loss) for other in tapped)
         name = f"{name}_{same + 1}" if same else name
-        pairs = _pairs(term, student, teacher, batch, teacher_batch)
+        pairs = found() if term.student is None else _named(term.student, term.teacher, module, teacher)
         taps = LayerTap(term.read), LayerTap(term.read, gradient=False)
-        found.append(TappedTerm(name, term, pairs, *taps, Projections(term.learning_rate)))
-    return found
+        tapped.append(TappedTerm(name, term, pairs, *taps, Projections(term.learning_rate)))
+    return tapped
 
 
-def _pairs(term: LayerTerm, student: nn.Module, teacher: nn.Module, *batches: Any) -> list[tuple[str, str]]:
-    if term.student is None:
-        if batches[0] is None:
-            raise ValueError(
-                f"{name_of(term.loss)} pairs layers by running both models on two examples, but none can be read from "
-                f"this training data before the first batch; name the layers: LayerTerm(student=..., teacher=...)"
-            )
-        return pair_layers(student, teacher, *batches)
-    own = list(matching_modules(unwrapped(student), term.student, "student's layers"))
-    other = list(matching_modules(unwrapped(teacher), term.teacher or term.student, "teacher's layers"))
-    if len(other) < len(own):
+def _named(student: Patterns, teacher: Patterns | None, module: nn.Module, other: nn.Module) -> list[tuple[str, str]]:
+    own = list(matching_modules(unwrapped(module), student, "student's layers"))
+    if teacher is None:
+        names = {clean_name(name) for name, _ in unwrapped(other).named_modules()}
+        return [(name, same_name(name, names)) for name in own]
+    wanted = list(matching_modules(unwrapped(other), teacher, "teacher's layers"))
+    if len(wanted) < len(own):
         raise ValueError(
-            f"expected as many layers of the teacher as of the student or more, {term.student!r} matches {len(own)} "
-            f"and {term.teacher or term.student!r} {len(other)}; name fewer of the student's"
+            f"expected as many layers of the teacher as of the student or more, {student!r} matches {len(own)} and "
+            f"{teacher!r} {len(wanted)}; name fewer of the student's"
         )
-    return list(zip(own, other, strict=True)) if len(own) == len(other) else pair_by_depth(own, other)
+    return list(zip(own, wanted, strict=True)) if len(own) == len(wanted) else pair_by_depth(own, wanted)
+
+
+def same_name(name: str, names: Collection[str]) -> str:
+    """Return a layer's name in another model: its own, less the first parts of it that only one of the two has.
+
+    Raises:
+        ValueError: there is none.
+
+    >>> same_name("model.encoder.0", {"encoder.0", "encoder"})
+    'encoder.0'
+    """
+    parts = name.split(".")
+    for first in range(len(parts)):
+        shorter = ".".join(parts[first:])
+        if shorter in names:
+            return shorter
+    raise ValueError(f"the teacher has no layer '{name}' as the student has; name it: LayerTerm(..., teacher='...')")

@@ -52,7 +52,7 @@ def round_biases(module: nn.Module, ranges: Ranges, example_inputs: Inputs) -> d
     parts: dict[str, nn.Module] = dict(projections_in(module))
     parts |= {clean_name(name): part for name, part in module.named_modules(remove_duplicate=False)}
     norms = norms_behind(module, layers, inputs_beside(module, example_inputs))
-    owners = [id(bias) for part in set(parts.values()) if (bias := part._parameters.get("bias")) is not None]
+    owners = [id(bias) for part in set(parts.values()) if (bias := _bias(part)) is not None]
     moved = {}
     for name, trained in layers.items():
         layer = parts[name] if name in parts else module.get_submodule(name)
@@ -68,7 +68,9 @@ def round_biases(module: nn.Module, ranges: Ranges, example_inputs: Inputs) -> d
 
 
 def _bias(part: nn.Module) -> Tensor | None:
-    return part.bias_rows if isinstance(part, Projection) else part._parameters.get("bias")
+    if isinstance(part, Projection):
+        return part.bias_rows
+    return dict(part.named_parameters(recurse=False)).get("bias")
 
 
 def _to_the_grid(layer: nn.Module, norm: nn.Module | None, trained: Range) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lightning_compress.measure.agreement import Agreement, MeanDivergence
 from lightning_compress.measure.chart import plot_pruning_curve, plot_report
 from lightning_compress.measure.latency import Latency, compare_latency, measure_latency
 from lightning_compress.measure.onnx_files import compare_onnx, predict_onnx
@@ -17,9 +18,11 @@ from lightning_compress.measure.size import (
 )
 
 __all__ = [
+    "Agreement",
     "Count",
     "Latency",
     "LayerRow",
+    "MeanDivergence",
     "Measurement",
     "Report",
     "Row",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
-from lightning_compress import CompressError, Distillation, GradualPruning
+from lightning_compress import CompressError, Distillation, GradualPruning, IncompatibleCallbacks, StructuredPruning
 from lightning_compress.distillation.details import Details
 from lightning_compress.distillation.features import attention_transfer, feature_mse
 from lightning_compress.distillation.losses import decoupled, logit_mse, soft_targets
@@ -69,7 +70,7 @@ def at(student: Recorded, step: int) -> tuple[nn.Sequential, Tensor, Tensor]:
 
 
 def test_a_hint_with_a_projection_by_hand(student: Recorded, teacher: nn.Sequential) -> None:
-    term = LayerTerm(feature_mse, "1", weight=2.0)
+    term = LayerTerm(feature_mse, "model.1", weight=2.0)
     callback = Distillation(teacher, weight=0.25, layers=term)
     projected: list[nn.Linear] = []
 
@@ -94,7 +95,7 @@ def test_a_hint_with_a_projection_by_hand(student: Recorded, teacher: nn.Sequent
 
 def test_the_projection_steps_as_adam_does(student: Recorded, teacher: nn.Sequential) -> None:
     """Its first step against torch.optim.Adam on the gradient of the same loss."""
-    callback = Distillation(teacher, weight=0.0, layers=LayerTerm(feature_mse, "1", weight=3.0))
+    callback = Distillation(teacher, weight=0.0, layers=LayerTerm(feature_mse, "model.1", weight=3.0))
     kept: list[nn.Linear] = []
 
     class Watch(L.Callback):
@@ -104,7 +105,7 @@ def test_the_projection_steps_as_adam_does(student: Recorded, teacher: nn.Sequen
                 kept.append(copy.deepcopy(next(iter(found.projections.modules.values()))))
 
     fit(student, callback, Watch(), max_steps=2)
-    own = projection("feature_mse: 1 -> 1", 8, 16)
+    own = projection("feature_mse: model.1 -> 1", 8, 16)
     optimizer = torch.optim.Adam(own.parameters(), 1e-3)
     model, inputs, _ = at(student, 0)
     (3.0 * functional.mse_loss(own(model[:2](inputs).detach()), teacher[:2](inputs).detach())).backward()
@@ -113,7 +114,7 @@ def test_the_projection_steps_as_adam_does(student: Recorded, teacher: nn.Sequen
 
 
 def test_relations_take_any_width_and_several_terms_have_names(student: Recorded, teacher: nn.Sequential) -> None:
-    terms = [LayerTerm(similarity_preserving, "1"), LayerTerm(similarity_preserving, "0", weight=0.5)]
+    terms = [LayerTerm(similarity_preserving, "model.1"), LayerTerm(similarity_preserving, "model.0", weight=0.5)]
     callback = Distillation(teacher, weight=0.0, layers=terms)
     trainer = fit(student, callback)
     model, inputs, labels = at(student, 3)
@@ -150,7 +151,7 @@ def test_layers_of_a_cnn_pair_by_size_without_names() -> None:
             pairs.extend(callback.lesson.teaching.terms[0].pairs)
 
     fit(student, callback, Watch())
-    assert pairs == [("1", "1"), ("3", "3")]
+    assert pairs == [("model.1", "1"), ("model.3", "3")]
     assert not any(part._forward_hooks for part in (*student.modules(), *teacher.modules()))
 
 
@@ -180,9 +181,7 @@ def test_pure_distillation_needs_no_labels(teacher: nn.Sequential) -> None:
         assert student.losses[2] == pytest.approx(float(logit_mse(model(inputs), teacher(inputs))), rel=1e-5)
 
 
-def test_a_loss_gets_labels_and_a_task_of_nan_is_left_out_at_weight_0(
-    student: Recorded, teacher: nn.Sequential
-) -> None:
+def test_a_loss_gets_the_labels_of_the_batch(student: Recorded, teacher: nn.Sequential) -> None:
     fit(student, Distillation(teacher, 1.0, 4.0, loss=decoupled))
     model, inputs, labels = at(student, 1)
     with torch.no_grad():
@@ -211,17 +210,17 @@ def test_the_mean_teacher_follows_by_hand(student: Recorded) -> None:
     callback, kept = Distillation(MeanTeacher(0.5), loss=logit_mse), []
 
     class Watch(L.Callback):
-        def on_train_batch_end(self, *args: Any) -> None:
+        def on_before_backward(self, *args: Any) -> None:
             kept.append(copy.deepcopy(callback.teacher.model))
 
     fit(student, callback, Watch())
     expected = student.before[0]["0.weight"]
-    for step in range(3):  # the warm-up's first step is min(1 - 1 / 2, 0.5)
-        expected = 0.5 * expected + 0.5 * student.before[step + 1]["0.weight"]
+    for step in range(1, 4):  # the warm-up's first step is min(1 - 1 / 2, 0.5)
+        expected = 0.5 * expected + 0.5 * student.before[step]["0.weight"]
         torch.testing.assert_close(kept[step][0].weight, expected)
     model, inputs, labels = at(student, 3)
     with torch.no_grad():
-        kd, task = logit_mse(model(inputs), kept[2](inputs)), functional.cross_entropy(model(inputs), labels)
+        kd, task = logit_mse(model(inputs), kept[3](inputs)), functional.cross_entropy(model(inputs), labels)
     assert student.losses[3] == pytest.approx(float(0.5 * task + 0.5 * kd), rel=1e-5)
 
 
@@ -261,10 +260,12 @@ def test_two_students_teach_each_other() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda t: Distillation(t, layers=LayerTerm(feature_mse, "9")), r"student's layers pattern '9' matches no module; near names: 0, 1"),
-        (lambda t: Distillation(t, layers=LayerTerm(feature_mse, "1", "nothing*")), r"teacher's layers pattern 'nothing\*' matches no module"),
-        (lambda t: Distillation(t, layers=LayerTerm(feature_mse, "1", project=False)),
-         r"feature_mse cannot compare '1' of the student, \(2, 8\), with '1' of the teacher, \(2, 16\)"),
+        (lambda t: Distillation(t, layers=LayerTerm(feature_mse, "9")),
+         r"student's layers pattern '9' matches no module; near names: "),
+        (lambda t: Distillation(t, layers=LayerTerm(feature_mse, "model.1", "nothing*")),
+         r"teacher's layers pattern 'nothing\*' matches no module"),
+        (lambda t: Distillation(t, layers=LayerTerm(feature_mse, "model.1", project=False)),
+         r"feature_mse cannot compare 'model.1' of the student, \(2, 8\), with '1' of the teacher, \(2, 16\)"),
         (lambda t: Distillation(t, layers=LayerTerm(attention_transfer)), "blocks of one kind or feature maps"),
         (lambda t: Distillation(Peer("model"), student="model"), "another submodule than the student 'model'"),
     ],
@@ -291,13 +292,10 @@ def test_options_out_of_range_are_named(teacher: nn.Sequential) -> None:
         MeanTeacher(1.0)
 
 
-def test_a_stream_needs_the_students_name_for_layers(student: Recorded, teacher: nn.Sequential) -> None:
-    term = LayerTerm(feature_mse, "1")
-    with pytest.raises(ValueError, match="pass student='name' of the submodule it calls"):
-        fit(student, Distillation(teacher, layers=term), stream=True)
-    fit(student, Distillation(teacher, student="model", layers=term), stream=True)
-    with pytest.raises(ValueError, match=r"name the layers: LayerTerm\(student=..., teacher=...\)"):
-        fit(Recorded(), Distillation(teacher, student="model", layers=LayerTerm(feature_mse)), stream=True)
+def test_a_stream_needs_names_of_layers(student: Recorded, teacher: nn.Sequential) -> None:
+    fit(student, Distillation(teacher, layers=LayerTerm(feature_mse, "model.1")), stream=True)
+    with pytest.raises(ValueError, match=r"name them: LayerTerm\(loss, student=...\)"):
+        fit(Recorded(), Distillation(teacher, layers=LayerTerm(feature_mse)), stream=True)
 
 
 def test_a_teacher_of_nan_is_named_before_the_first_batch(student: Recorded, teacher: nn.Sequential) -> None:
@@ -315,3 +313,50 @@ def test_a_teacher_has_its_own_precision(precision: Any, student: Recorded, teac
     fit(student, Distillation(teacher, details=Details(precision=precision)))
     assert set(seen) == {torch.float32 if precision == "32-true" else torch.bfloat16}
     assert teacher[0].weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("source", [lambda t: Distillation(MeanTeacher(0.9)),
+                                    lambda t: Distillation(t, layers=LayerTerm(feature_mse, "model.1"))])  # fmt: skip
+def test_a_checkpoint_has_the_modules_keys_and_loads_alone(source: Any, teacher: nn.Sequential, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    student = Net()
+    trainer = fit(student, source(teacher))
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert list(saved["state_dict"]) == list(Net().state_dict())
+    assert len(saved["optimizer_states"][0]["param_groups"][0]["params"]) == 4
+    again = Net.load_from_checkpoint(tmp_path / "last.ckpt", strict=True)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in student.state_dict().items())
+
+
+def test_channels_that_go_and_what_cannot_follow_them_are_named(student: Recorded, teacher: nn.Sequential) -> None:
+    pruning = StructuredPruning(0.3, window=(1, 3), frequency=1)
+    with pytest.raises(IncompatibleCallbacks, match="which MeanTeacher cannot follow"):
+        fit(student, pruning, Distillation(MeanTeacher()))
+    with pytest.raises(IncompatibleCallbacks, match="the term feature_mse cannot follow"):
+        fit(student, pruning, Distillation(teacher, layers=LayerTerm(feature_mse, "model.1")))
+    fit(student, pruning, Distillation(StartingModel(), layers=LayerTerm(similarity_preserving, "model.1")))
+    assert student.model[0].out_features < 8
+
+
+def saved_bytes(width: int) -> int:
+    """What autograd keeps for the backwards of a short run with a teacher of this width."""
+    torch.manual_seed(0)
+    student = Net()
+    teacher = nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 3))
+    kept = 0
+
+    def pack(value: Tensor) -> Tensor:
+        nonlocal kept
+        kept += value.numel() * value.element_size()
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+        fit(student, Distillation(teacher, layers=LayerTerm(similarity_preserving, "model.1", weight=0.1)))
+    return kept
+
+
+def test_the_teachers_activations_add_no_autograd_memory() -> None:
+    small, large = saved_bytes(8), saved_bytes(4096)
+    assert small > 0
+    assert large == small

@@ -30,11 +30,14 @@ from lightning_compress import (
     callbacks,
     fake_quantized,
 )
+from lightning_compress.distillation.features import feature_mse
+from lightning_compress.distillation.own_teachers import MeanTeacher
+from lightning_compress.distillation.terms import LayerTerm
 from lightning_compress.pruning.gates import HardConcrete
 from lightning_compress.quantization.details import Details
 from lightning_compress.quantization.noise import Noise
 from lightning_compress.quantization.ranges import percentile
-from tests.conformance.modules import Adversaries, LateSetup, Small
+from tests.conformance.modules import Adversaries, LateSetup, Small, network
 from tests.conformance.running import Run
 from tests.learned_grids import Bounds as LearnedBounds
 from tests.learned_grids import Step as LearnedStep
@@ -300,6 +303,53 @@ def taught(run: Run) -> None:
     assert torch.isfinite(logged["compress/loss/task"])
 
 
+# Distillation of layers, with a projection that learns
+
+
+def layered_distillation(module: L.LightningModule) -> list[L.Callback]:
+    names = called_linears(module)
+    return distillation(module, layers=LayerTerm(feature_mse, names, project=True))
+
+
+def called_linears(module: L.LightningModule) -> list[str]:
+    """The plain Linear layers of the model, but for those that an attention multiplies with without a call."""
+    model = network() if isinstance(module, LateSetup) else module.model
+    model = getattr(model, "_orig_mod", model)
+    attentions = [f"{name}." for name, part in model.named_modules() if isinstance(part, nn.MultiheadAttention)]
+    linears = [name for name, part in model.named_modules() if isinstance(part, nn.Linear)]
+    return [f"model.{name}" for name in linears if not name.startswith(tuple(attentions))]
+
+
+def taught_by_layers(run: Run) -> None:
+    taught(run)
+    logged = run.trainer.logged_metrics | run.trainer.callback_metrics
+    assert logged["compress/loss/feature_mse"] > 0
+
+
+def projections(run: Run) -> dict[str, Tensor]:
+    state = run.of(Distillation).state_dict()["projections"]["feature_mse"]
+    return {f"{name} {key}": value for name, own in state.items() for key, value in own["module"].items()}
+
+
+# Distillation from the student's own average
+
+
+def mean_teacher(module: L.LightningModule) -> list[L.Callback]:
+    student = "model" if isinstance(module, Adversaries) else None
+    return [Distillation(MeanTeacher(0.8), student=student)]
+
+
+def taught_by_the_average(run: Run) -> None:
+    logged = run.trainer.logged_metrics | run.trainer.callback_metrics
+    assert logged["compress/loss/kd"] >= 0
+    own = run.of(Distillation).state_dict()["teacher"]
+    assert any(not torch.equal(value, own[name].to(value)) for name, value in run.module.named_parameters())
+
+
+def averages(run: Run) -> dict[str, Tensor]:
+    return dict(run.of(Distillation).state_dict()["teacher"])
+
+
 # Monitor
 
 
@@ -423,6 +473,34 @@ ROWS: tuple[Row, ...] = (
         acted=taught,
         logs=frozenset({"compress/loss/task", "compress/loss/kd"}),
         excused={"NaN weights are named": "it takes no decision from weights; the loss is NaN, as without it"},
+    ),
+    Row(
+        "distillation-layers",
+        Distillation,
+        make=layered_distillation,
+        default=layered_distillation,
+        off=(lambda module: distillation(module, layers=LayerTerm(), enabled=False),),
+        acted=taught_by_layers,
+        memory=projections,
+        logs=frozenset({"compress/loss/task", "compress/loss/kd", "compress/loss/feature_mse"}),
+        excused={
+            "NaN weights are named": "it takes no decision from weights; the loss is NaN, as without it",
+            "checkpoints are plain": "it holds projections and their Adam: tests/callbacks/test_distillation_layers.py",
+        },
+    ),
+    Row(
+        "mean-teacher",
+        Distillation,
+        make=mean_teacher,
+        default=mean_teacher,
+        off=(lambda module: [Distillation(MeanTeacher(), enabled=False)],),
+        acted=taught_by_the_average,
+        memory=averages,
+        logs=frozenset({"compress/loss/task", "compress/loss/kd"}),
+        excused={
+            "NaN weights are named": "it takes no decision from weights; the loss is NaN, as without it",
+            "checkpoints are plain": "it holds the average: tests/callbacks/test_distillation_layers.py",
+        },
     ),
     Row(
         "monitor",

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_compress import (
     CompressionMonitor,
+    Distillation,
     GradualPruning,
     LotteryRewinding,
     QuantizationAwareTraining,
@@ -31,12 +32,17 @@ ACCOMPANIED = (CompressionMonitor, LotteryRewinding)
 COMPRESSING = tuple(row for row in ROWS if row.callback not in ACCOMPANIED)
 # Two that prune the same weights cannot meet, nor two that quantize the same layers.
 PRUNING = {GradualPruning, Reconstruction, SparsityRegularization, StructuredPruning}
+# Tried with one other callback, and not with channels that go, which they cannot follow.
+VARIANTS = {"distillation-layers", "mean-teacher"}
 ALLOWED = [
     rows
     for size in range(2, len(COMPRESSING) + 1)
     for rows in combinations(COMPRESSING, size)
     if len(PRUNING & {row.callback for row in rows}) <= 1
     and sum(row.callback is QuantizationAwareTraining for row in rows) <= 1
+    and not (len(rows) > 2 and VARIANTS & {row.name for row in rows})
+    and sum(row.callback is Distillation for row in rows) <= 1
+    and not (VARIANTS & {row.name for row in rows} and StructuredPruning in {row.callback for row in rows})
 ]
 LARGEST = [rows for rows in ALLOWED if len(rows) == max(map(len, ALLOWED))]
 # Grids that learn are tried in every order with one other; in more company by resuming.
