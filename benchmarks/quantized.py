@@ -36,12 +36,11 @@ from cells import load, save
 from images import DATA_DIR, Data, fashion_mnist
 from int8 import processor
 from int8_files import compared
-from networks import NETWORKS, Classifier
+from networks import NETWORKS, Tuned
 from posttraining import as_imagenet, pretrained
 from quantized_tables import tables
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.optim.lr_scheduler import LinearLR
 from torch.utils.data import DataLoader, RandomSampler
 from training import quiet_trainer
 
@@ -92,15 +91,6 @@ TASKS = {
         "MobileNetV2 from ImageNet's weights, 64 x 64", mobilenet, lambda x: as_imagenet(x, 64), 200, 120, 32, 5e-4
     ),
 }  # fmt: skip
-
-
-class Tuned(Classifier):
-    """The same under a rate that falls to 0."""
-
-    def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.Adam(self.parameters(), self.learning_rate)
-        falling = LinearLR(optimizer, 1.0, 1e-3, int(self.trainer.max_steps))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": falling, "interval": "step"}}
 
 
 @dataclass(frozen=True)
