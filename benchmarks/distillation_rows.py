@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,20 +75,34 @@ def logits(loss: Loss, weight: float, temperature: float | None) -> Row:
 
 def layers(losses: Iterable[tuple[Loss, str, float]], weight: float) -> Row:
     """Beside the whole task's loss, without one of logits."""
-    terms = [LayerTerm(loss, layer, weight=weight * share) for loss, layer, share in losses]
+    terms = [LayerTerm(loss, f"net.{layer}", weight=weight * share) for loss, layer, share in losses]
     return lambda lesson: [Distillation(lesson.teacher, 0.0, layers=terms)]
 
 
 def cached(weight: float, temperature: float) -> Row:
     def row(lesson: Lesson) -> list[L.Callback]:
-        return [Distillation(lesson.teacher, weight, temperature, details=Details(cache=LogitCache(lesson.folder)))]
+        return [
+            Distillation(lesson.teacher, weight, temperature, details=Details(cache=LogitCache(str(lesson.folder))))
+        ]
 
     return row
 
 
 def both(weight: float, temperature: float, layer_weight: float) -> Row:
-    """Soft targets, and the best of the layers' losses."""
-    return lambda lesson: [Distillation(lesson.teacher, weight, temperature, layers=LayerTerm(*HINT, layer_weight))]
+    """Soft targets, and a hint."""
+    return lambda lesson: [Distillation(lesson.teacher, weight, temperature, layers=hint(layer_weight))]
+
+
+def hint(weight: float) -> LayerTerm:
+    return LayerTerm(feature_mse, "net.features", weight=weight)
+
+
+def ensemble(weight: float, temperature: float) -> Row:
+    return lambda lesson: [Distillation(Ensemble([lesson.teacher, lesson.second()]), weight, temperature)]
+
+
+def mean(weight: float, temperature: float) -> Row:
+    return lambda lesson: [Distillation(MeanTeacher(0.99), weight, temperature)]
 
 
 LOGITS: dict[str, Loss] = {
