@@ -240,7 +240,7 @@ def compressed(row: str, seed: int, options: argparse.Namespace) -> Cell:
         bits = int(how[1])
         callbacks += [QuantizationAwareTraining(LSQ(bits), LSQPlus(bits), (0.02, 0.05, 0.9), [nn.Conv2d, nn.Linear])]
     if teaching:
-        callbacks += [Distillation(StartingModel(), 0.9, 4.0)]
+        callbacks += [Distillation(StartingModel(), 0.9, 1.0)]
     net = fit(net, school.data.train, seed + 2000, 1500, 1e-3, callbacks)
     test = school.data.test
     before = accuracy(dense, test)
