@@ -170,10 +170,10 @@ def test_mixed_widths_beat_uniform_four_bits_at_their_size(seed):
         "hessian": hessian_sensitivity(net, hessian_traces(net, calibration, loss, samples=8, include=ALL)),
         "loss": loss_sensitivity(net, calibration, loss, include=ALL),
     }
-    # The first layer, whose input is the image, is in the more sensitive half by both, and the last two are the least.
-    # Which comes first differs between processors.
+    # The first layer, whose input is the image, is in the more sensitive half by both, and the two least are among the
+    # last three. Which comes first differs between processors.
     ranked = {by: sorted(table, key=lambda name, table=table: table[name][4]) for by, table in harms.items()}
-    assert all("0" in order[3:] and set(order[:2]) == {"12", "17"} for order in ranked.values()), ranked
+    assert all("0" in order[3:] and set(order[:2]) <= {"9", "12", "17"} for order in ranked.values()), ranked
 
     plain, uniform = (rounded_loss(net, batches, chosen) for chosen in ({}, dict.fromkeys(costs, 4)))
     for table in harms.values():
