@@ -45,8 +45,9 @@ ALLOWED = [
     and not (VARIANTS & {row.name for row in rows} and StructuredPruning in {row.callback for row in rows})
 ]
 LARGEST = [rows for rows in ALLOWED if len(rows) == max(map(len, ALLOWED))]
-# Grids that learn are tried in every order with one other; in more company by resuming.
-SETS = [rows for rows in ALLOWED if len(rows) == 2 or not any(row.name == "quantization-learned" for row in rows)]
+# Grids that learn, and those of a rule, are tried in every order with one other; in more company by resuming.
+PAIRED = {"quantization-learned", "quantization-ruled"}
+SETS = [rows for rows in ALLOWED if len(rows) == 2 or not PAIRED & {row.name for row in rows}]
 
 
 def together(rows: tuple[Row, ...], module: L.LightningModule) -> list[L.Callback]:
