@@ -18,7 +18,7 @@ def _rows(cells: Cells, task: str) -> dict[str, Cells]:
 
 
 def _spread(values: list[float]) -> str:
-    return f"{mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+    return f"{mean(values):.2f} ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else f"{values[0]:.2f}"
 
 
 def _gains(own: Cells, plain: Cells) -> tuple[float, float]:
@@ -39,8 +39,9 @@ def _taught(title: str, rows: Mapping[str, Cells]) -> Iterator[str]:
     for name, own in rows.items():
         gain, error = _gains(own, plain)
         seconds = mean(cell["cpu_seconds"] for cell in own)
+        shown = f" ({error:.2f})" if len(own) > 1 else ""
         yield (
-            f"| {name} | {_spread([cell['accuracy'] for cell in own])} | {gain:+.2f} ({error:.2f}) | "
+            f"| {name} | {_spread([cell['accuracy'] for cell in own])} | {gain:+.2f}{shown} | "
             f"{100 * gain / gap:.0f} % | {seconds:.0f} |"
         )
 
@@ -58,7 +59,7 @@ def _missing(rows: Mapping[str, Cells]) -> Iterator[str]:
 
 def _recovery(rows: Mapping[str, Cells]) -> Iterator[str]:
     yield "\n### After compression\n"
-    yield "| | dense | task alone | taught by the dense net too | of the lost points recovered |"
+    yield "| | dense | task alone | taught by the dense net too | points recovered |"
     yield "| --- | ---: | ---: | ---: | ---: |"
     for name in [name for name in rows if "," not in name]:
         both = [sorted(rows.get(row, []), key=lambda cell: cell["seed"]) for row in
@@ -70,7 +71,7 @@ def _recovery(rows: Mapping[str, Cells]) -> Iterator[str]:
         lost = dense - mean(alone)
         yield (
             f"| {name} | {dense:.2f} | {_spread(alone)} | {_spread(taught)} | "
-            f"{100 * (mean(taught) - mean(alone)) / lost:.0f} % of {lost:.2f} |"
+            f"{mean(taught) - mean(alone):+.2f} of {lost:.2f} |"
         )
 
 
