@@ -45,12 +45,18 @@ class Lesson:
         second: another one of its kind, of another start and other batches.
         alone: the student, trained without a teacher.
         folder: empty, for a cache.
+        kept: where the teacher's logits are kept from row to row; None where it answers in each step.
     """
 
     teacher: nn.Module
     second: Callable[[], nn.Module]
     alone: Callable[[], nn.Module]
     folder: Path
+    kept: Path | None = None
+
+    @property
+    def details(self) -> Details:
+        return Details() if self.kept is None else Details(cache=LogitCache(str(self.kept)))
 
 
 Row = Callable[[Lesson], list[L.Callback]]
@@ -70,7 +76,7 @@ def alone(lesson: Lesson) -> list[L.Callback]:
 
 def logits(loss: Loss, weight: float, temperature: float | None) -> Row:
     options: dict[str, Any] = {} if temperature is None else {"temperature": temperature}
-    return lambda lesson: [Distillation(lesson.teacher, weight, loss=loss, **options)]
+    return lambda lesson: [Distillation(lesson.teacher, weight, loss=loss, details=lesson.details, **options)]
 
 
 def layers(losses: Iterable[tuple[Loss, str, float]], weight: float) -> Row:

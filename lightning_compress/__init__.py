@@ -18,6 +18,7 @@ from lightning_compress.errors import (
     CompressError,
     IncompatibleCallbacks,
     NothingToCompress,
+    ProcessesDiffer,
     UnsupportedStrategy,
 )
 from lightning_compress.export.onnx import export_onnx
@@ -26,6 +27,7 @@ from lightning_compress.measure.report import Measurement, compare
 from lightning_compress.pruning.channels import Removal
 from lightning_compress.pruning.criteria import magnitude
 from lightning_compress.pruning.reconstruction import reconstruct
+from lightning_compress.pruning.zero_channels import remove_zero_channels
 from lightning_compress.quantization.batchnorm import reestimate_batch_norm
 from lightning_compress.quantization.details import Details
 from lightning_compress.quantization.mixed import choose_bits
@@ -62,6 +64,7 @@ __all__ = [
     "Measurement",
     "NothingToCompress",
     "OneCycle",
+    "ProcessesDiffer",
     "QuantizationAwareTraining",
     "Reconstruction",
     "Removal",
@@ -80,5 +83,6 @@ __all__ = [
     "quantize_post_training",
     "reconstruct",
     "reestimate_batch_norm",
+    "remove_zero_channels",
     "soft_targets",
 ]

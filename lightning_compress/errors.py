@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-__all__ = ["CheckpointMismatch", "CompressError", "IncompatibleCallbacks", "NothingToCompress", "UnsupportedStrategy"]
+__all__ = [
+    "CheckpointMismatch",
+    "CompressError",
+    "IncompatibleCallbacks",
+    "NothingToCompress",
+    "ProcessesDiffer",
+    "UnsupportedStrategy",
+]
 
 
 class CompressError(Exception):
@@ -19,6 +26,10 @@ class IncompatibleCallbacks(CompressError):
 
 class CheckpointMismatch(CompressError):
     """A checkpoint's compression state belongs to another recipe, model or a newer format; raised on loading."""
+
+
+class ProcessesDiffer(CompressError):
+    """Processes of one run do not have the same recipe, starting weights, masks or ranges; raised on all of them."""
 
 
 class UnsupportedStrategy(CompressError):

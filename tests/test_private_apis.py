@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import importlib
+import inspect
 
 import lightning.pytorch as L
 import pytest
@@ -36,6 +37,10 @@ KNOWN = {
 }
 PRIVATE_IMPORTS = {
     "export/program.py": ("torch.ao.quantization.fx._decomposed",),
+    "sharding.py": (
+        "torch.distributed.tensor._utils",
+        "torch.distributed.tensor._utils.compute_local_shape_and_global_offset",
+    ),
     "quantization/dataflow.py": ("torch.utils._python_dispatch", "torch.utils._python_dispatch.TorchDispatchMode"),
 }
 OURS = {"_data"}  # our own package
@@ -328,3 +333,19 @@ def test_the_reference_operators_are_registered_by_this_import():
         0, -128, 127, torch.int8,
     )  # fmt: skip
     assert weight.tolist() == [[1.0], [6.0]]
+
+
+def test_the_place_of_a_piece_of_a_dtensor_is_what_torch_computes():
+    from torch.distributed.tensor import Shard
+    from torch.distributed.tensor._utils import (
+        _compute_local_shape_and_global_offset,
+        compute_local_shape_and_global_offset,
+    )
+
+    assert list(inspect.signature(compute_local_shape_and_global_offset).parameters)[:3] == [
+        "global_shape",
+        "mesh",
+        "placements",
+    ]
+    # What the function of three arguments asks for, at the last of four processes: 7 rows are 2, 2, 2 and 1.
+    assert _compute_local_shape_and_global_offset((7, 3), (4,), [3], [Shard(0)]) == ((1, 3), (6, 0))

@@ -7,7 +7,14 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 import lightning.pytorch as L
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+)
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
@@ -15,36 +22,70 @@ from lightning_compress.errors import CheckpointMismatch, UnsupportedStrategy
 
 __all__ = [
     "FORMAT",
+    "SHARDING",
     "check_state",
     "check_strategy",
     "check_unclaimed",
     "described",
     "gradients_are_read",
     "is_final_at_setup",
+    "is_tensor_parallel",
+    "is_whole_at_setup",
     "saved_state",
     "state_key",
     "warn_if_unfinished",
 ]
 
 FORMAT = 1
+SHARDING: tuple[type[Strategy], ...] = (FSDPStrategy, ModelParallelStrategy)  # FSDP1; FSDP2 and tensor parallel
 
 
-def check_strategy(trainer: L.Trainer, who: L.Callback) -> None:
-    """Raise if the strategy shards parameters. Runs at `setup`.
+def check_strategy(
+    trainer: L.Trainer, who: object, sharding: tuple[type[Strategy], ...] = (), instead: str = ""
+) -> None:
+    """Raise unless a callback knows the strategy. Runs at `setup`.
+
+    Args:
+        trainer: of this run.
+        who: the callback.
+        sharding: strategies that shard parameters under which it works, besides a single device and DDP.
+        instead: of its options, what would work.
 
     Raises:
-        UnsupportedStrategy: FSDP, FSDP2/tensor parallel or DeepSpeed.
+        UnsupportedStrategy: another one; the message names those that work.
     """
-    if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
+    known: tuple[type[Strategy], ...] = (SingleDeviceStrategy, DDPStrategy, *sharding)
+    if not isinstance(trainer.strategy, known) or isinstance(trainer.strategy, DeepSpeedStrategy):  # a DDPStrategy
+        names = ", ".join(kind.__name__ for kind in known)
+        cure = instead or "remove the callback"
         raise UnsupportedStrategy(
-            f"{type(who).__name__} works on a single device and under DDP; {type(trainer.strategy).__name__} shards "
-            f"parameters, which it cannot compress yet; use strategy='ddp', or remove the callback"
+            f"{type(who).__name__} works under {names}, not yet under {type(trainer.strategy).__name__}: it would not "
+            f"know which part of a parameter a process holds; use one of these (strategy='ddp'), or {cure}"
         )
+
+
+def is_tensor_parallel(trainer: L.Trainer) -> bool:
+    """Say whether several processes compute a layer together. Known once the strategy has set up its processes."""
+    if not isinstance(trainer.strategy, ModelParallelStrategy):
+        return False
+    return trainer.strategy.device_mesh["tensor_parallel"].size() > 1
 
 
 def is_final_at_setup(pl_module: L.LightningModule) -> bool:
     """Say whether all layers exist when `Callback.setup` runs, before the module's own `setup`/`configure_model`."""
     return not any(is_overridden(hook, pl_module, L.LightningModule) for hook in ("setup", "configure_model"))
+
+
+def is_whole_at_setup(trainer: L.Trainer, pl_module: L.LightningModule) -> bool:
+    """Say whether the module can be looked at as a whole when `Callback.setup` runs: later it may be in parts.
+
+    `configure_model` of a module that already has its layers shards them, where the strategy shards.
+    """
+    if is_final_at_setup(pl_module):
+        return True
+    parameters = list(pl_module.parameters())
+    built = bool(parameters) and not any(parameter.is_meta for parameter in parameters)
+    return isinstance(trainer.strategy, SHARDING) and built and not is_overridden("setup", pl_module, L.LightningModule)
 
 
 def gradients_are_read(who: L.Callback, trainer: L.Trainer, pl_module: L.LightningModule) -> bool:

@@ -12,17 +12,18 @@ from torch.optim import Optimizer
 
 from lightning_compress.callbacks.clock import Clock, restore_data_place, run_length
 from lightning_compress.callbacks.contract import (
+    SHARDING,
     check_state,
-    check_strategy,
     check_unclaimed,
     described,
-    is_final_at_setup,
+    is_whole_at_setup,
     saved_state,
     state_key,
 )
 from lightning_compress.callbacks.lesson import Lesson
 from lightning_compress.callbacks.order import Claim, check_together
 from lightning_compress.callbacks.probe import first_student_call
+from lightning_compress.callbacks.sameness import takes_part
 from lightning_compress.distillation.comparing import any_width, takes_temperature
 from lightning_compress.distillation.details import Details
 from lightning_compress.distillation.keys import fingerprint
@@ -37,6 +38,7 @@ from lightning_compress.distillation.teaching import LogitTerm, Teaching
 from lightning_compress.distillation.terms import LayerTerm, name_of, tapped_terms
 from lightning_compress.distillation.weighing import Weight, check_temperatures, check_weights
 from lightning_compress.errors import CompressError
+from lightning_compress.sharding import copy_whole
 
 __all__ = ["Distillation"]
 
@@ -104,7 +106,7 @@ class Distillation(L.Callback):
         self.lesson: Lesson | None = None
         self._undo: list[Callable[[], None]] = []
         self._restored: dict[str, Any] | None = None
-        self._followed = 0
+        self._followed, self._prepared = 0, False
 
     @property
     def complete(self) -> bool:
@@ -119,16 +121,14 @@ class Distillation(L.Callback):
     @property
     def follows(self) -> str:
         """Say what of it cannot follow a model whose channels go, for `check_together`; "" is nothing."""
-        if not self.enabled:
-            return ""
         fixed = [name_of(term.loss) for term in self.layers if not any_width(term.loss)]
-        return "MeanTeacher" if isinstance(self.source, MeanTeacher) else f"the term {fixed[0]}" if fixed else ""
+        named = "MeanTeacher" if isinstance(self.source, MeanTeacher) else f"the term {fixed[0]}" if fixed else ""
+        return named if self.enabled else ""
 
     def recipe(self) -> dict[str, Any]:
         """Return the options as primitives, as a checkpoint and a logger keep them."""
-        options: dict[str, Any] = {
-            option: described(getattr(self, option)) for option in ("weight", "temperature", "loss", "student")
-        }
+        named = ("weight", "temperature", "loss", "student")
+        options: dict[str, Any] = {option: described(getattr(self, option)) for option in named}
         own = {"teacher": described(self.source)} if isinstance(self.source, (*OWN, Peer)) else {}
         layers = {"layers": described(self.layers)} if self.layers else {}
         return options | own | layers | ({} if self.details == Details() else {"details": described(self.details)})
@@ -136,23 +136,24 @@ class Distillation(L.Callback):
     # Attaching and detaching
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage != "fit" or not self.enabled:
+        averages = isinstance(self.source, MeanTeacher)  # whole weights, after each step
+        sharding, instead = ((), "teach with StartingModel()") if averages else (SHARDING, "")
+        if stage != "fit" or not takes_part(self, trainer, pl_module, stage, sharding, instead):
             return
-        check_strategy(trainer, self)
         check_together(trainer.callbacks)  # type: ignore[attr-defined]
         self._release()
         if trainer.global_step == 0:  # a fresh run with the same callback object
             self.clock.reset()
             self._restored, self._followed = None, 0
         self.lesson = Lesson(self._teaching(), self.student, self.weight, self.temperature)
-        if is_final_at_setup(pl_module):
+        self._prepared = is_whole_at_setup(trainer, pl_module)
+        if self._prepared:
             self._prepare(self.lesson, trainer, pl_module)
         self._undo += self.lesson.attach(pl_module)
 
     def _teaching(self) -> Teaching:
-        return Teaching(
-            LogitTerm(self.loss, self.details.outputs or logits_of) if self.weight != 0.0 else None, self.details
-        )
+        term = LogitTerm(self.loss, self.details.outputs or logits_of) if self.weight != 0.0 else None
+        return Teaching(term, self.details)
 
     def _prepare(self, lesson: Lesson, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Build the teacher, find the layers, and try both models on two examples. Runs once all layers exist."""
@@ -187,13 +188,13 @@ class Distillation(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.lesson is None:
             return
-        if not is_final_at_setup(pl_module):
+        if not self._prepared:
             self._prepare(self.lesson, trainer, pl_module)
         self.lesson.start(pl_module, run_length(trainer, [0.0]) if self.lesson.scheduled else None)
         running = self.lesson.teaching.teacher
         if running is not None:
             if isinstance(self.source, OWN):
-                running.module.load_state_dict(pl_module.state_dict())
+                copy_whole(pl_module, running.module, trainer.strategy.model or pl_module)
             running.move(trainer.precision_plugin.convert_module, pl_module.device)
         self.clock.attach(trainer.optimizers, functools.partial(self._after_step, trainer, pl_module))
         self.lesson.clock = self.clock
@@ -248,15 +249,14 @@ class Distillation(L.Callback):
         """Leave out what belongs to a running fit, so that the callback pickles and copies at any time."""
         return {**self.__dict__, "_undo": [], "lesson": None}
 
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_epoch_start(self, *_: Any) -> None:
         if self.lesson is not None and self.lesson.teaching.recall is not None:
             self.lesson.teaching.recall.store.refresh()  # what other processes have written
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.lesson is None:
-            return
-        self.lesson.epoch_ends(trainer, pl_module)
-        if not self.lesson.used:
+        if self.lesson is not None:
+            self.lesson.epoch_ends(trainer, pl_module)
+        if self.lesson is not None and not self.lesson.used:
             raise CompressError(
                 f"a whole epoch passed without a call of the student '{self.student}' that could be taught; "
                 f"check student=, or call self.manual_backward(loss) in manual optimization"
@@ -271,9 +271,9 @@ class Distillation(L.Callback):
         if self.lesson is None:
             return self._restored or {}
         teaching = self.lesson.teaching
+        projections = {term.name: term.projections.state_dict() for term in teaching.terms}
         state: dict[str, Any] = {"clock": self.clock.state_dict(), "sizes": dict(teaching.sizes.sizes)}
-        if teaching.terms:
-            state["projections"] = {term.name: term.projections.state_dict() for term in teaching.terms}
+        state |= {"projections": projections} if projections else {}
         if isinstance(self.source, OWN) and self.teacher is not None:
             state["followed"] = self._followed
             state["teacher"] = {name: value.detach().cpu().clone() for name, value in self.teacher.state_dict().items()}
@@ -282,10 +282,9 @@ class Distillation(L.Callback):
     def _take_over(self, state: dict[str, Any]) -> None:
         if self.lesson is None or not state:
             return
-        teaching = self.lesson.teaching
         self.clock.load_state_dict(state["clock"])
-        teaching.sizes.sizes = dict(state["sizes"])
-        for term in teaching.terms:
+        self.lesson.teaching.sizes.sizes = dict(state["sizes"])
+        for term in self.lesson.teaching.terms:
             term.projections.load_state_dict(state["projections"][term.name])
         if "teacher" in state and self.teacher is not None:
             self._followed = state["followed"]

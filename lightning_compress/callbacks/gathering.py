@@ -13,6 +13,8 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_compress.callbacks.masking import MaskKeeper
 from lightning_compress.pruning.statistics import Statistics
+from lightning_compress.pruning.targets import Criterion, Target
+from lightning_compress.sharding import all_reduce_max, cut, local, whole
 
 __all__ = ["Gathering"]
 
@@ -52,7 +54,7 @@ class Gathering:
                 self._gather(optimizer)
             else:
                 self._told.add(id(optimizer))
-                if not _overflowed(optimizer):
+                if not _overflowed(optimizer, bool(self.keeper.parts)):
                     # Fused optimizers undo the scale themselves, later.
                     scaled = getattr(optimizer, "_step_supports_amp_scaling", False)
                     self._gather(optimizer, scaler.get_scale() if scaled else 1.0)
@@ -67,13 +69,35 @@ class Gathering:
     def _gather(self, optimizer: Optimizer, scale: float = 1.0) -> None:
         for name in self.keeper.owned(optimizer):
             weight = self.keeper.weights[name]
-            if weight.grad is not None:
-                gradient = weight.grad if scale == 1.0 else weight.grad.float() / scale
-                self.statistics.add_gradient(name, self._live(name), gradient)
+            if weight.grad is None and weight.numel():
+                continue
+            # A process whose slice of a weight is empty has no gradient, and takes part all the same.
+            gradient = local(weight if weight.grad is None else weight.grad)
+            gradient = gradient if scale == 1.0 else gradient.float() / scale
+            self.statistics.add_gradient(name, self._live(name), gradient)
 
     def _live(self, name: str) -> Tensor:
-        weight, mask, last = self.keeper.weights[name], self.keeper.masks.get(name), self.last_values.get(name)
-        return weight.detach() if mask is None or last is None else torch.where(mask, weight.detach(), last)
+        weight, mask, last = local(self.keeper.weights[name]), self.keeper.masks.get(name), self.last_values.get(name)
+        return weight if mask is None or last is None else torch.where(mask, weight, last)
+
+    def targets(
+        self, layers: Mapping[str, nn.Module], criterion: Criterion, step: int, comes_back: bool = False
+    ) -> list[Target]:
+        """Return what a criterion scores at a step, by layers' weights: this process's piece of each."""
+        keeper = self.keeper
+        return [
+            Target(
+                name,
+                local(keeper.weights[name]),
+                layer,
+                keeper.masks.get(name),
+                criterion,
+                {**self.statistics.values(name), "step": lambda: step},
+                comes_back,
+                part=keeper.parts.get(name),
+            )
+            for name, layer in layers.items()
+        ]
 
     @torch.no_grad()
     def remembering(self, masks: Iterator[Tensor]) -> Iterator[Tensor]:
@@ -82,7 +106,7 @@ class Gathering:
             if "movement" in self.statistics.gradients:
                 live = self._live(name).clone()
                 self.last_values[name] = live
-                self.keeper.weights[name].copy_(live)
+                local(self.keeper.weights[name]).copy_(live)
             yield mask
 
     def stop(self) -> None:
@@ -96,17 +120,23 @@ class Gathering:
         """Return sums and remembered values; every process calls it. Empty if nothing is gathered."""
         if not (self.statistics.gradients or self.statistics.activations):
             return {}
-        return {"sums": self.statistics.state_dict(), "last_values": dict(self.last_values)}
+        parts = self.keeper.parts
+        last = {name: whole(value, parts.get(name)).cpu() for name, value in self.last_values.items()}
+        return {"sums": self.statistics.state_dict(parts), "last_values": last}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what was saved. Runs at `on_train_start`."""
         if state:
-            weights = self.keeper.weights
-            self.statistics.load_state_dict(state["sums"], weights)
-            self.last_values = {n: value.to(weights[n].device) for n, value in state["last_values"].items()}
+            weights, parts = self.keeper.weights, self.keeper.parts
+            self.statistics.load_state_dict(state["sums"], weights, parts)
+            last = state["last_values"]
+            self.last_values = {n: cut(value, parts.get(n)).to(weights[n].device) for n, value in last.items()}
 
 
-def _overflowed(optimizer: Optimizer) -> bool:
+def _overflowed(optimizer: Optimizer, sharded: bool) -> bool:
     # The gradient scaler is about to skip this step; a sum would never forget its infinities.
-    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
-    return any(p.grad is not None and not bool(torch.isfinite(p.grad).all()) for p in parameters)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    found = any(p.grad is not None and not bool(torch.isfinite(local(p.grad)).all()) for p in parameters)
+    if sharded:  # one process's infinity is in a piece that the others do not see
+        return bool(all_reduce_max(torch.tensor(int(found), device=parameters[0].device)))
+    return found

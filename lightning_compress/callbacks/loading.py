@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lightning_compress.callbacks.averages import averaged_modules
+from lightning_compress.callbacks.contract import SHARDING
 from lightning_compress.callbacks.step import intercept
 from lightning_compress.errors import CheckpointMismatch
 from lightning_compress.pruning.shrink import describe_shapes, restore_shapes
@@ -42,11 +43,21 @@ def _reshape(pl_module: nn.Module, checkpoint: dict[str, Any]) -> None:
 def restoring_shapes(trainer: L.Trainer, pl_module: L.LightningModule) -> Callable[[], None]:
     """Give the module and averaged copies a checkpoint's shapes before weights are loaded. Runs at `setup`.
 
+    Raises (on loading):
+        CheckpointMismatch: the strategy shards, and the checkpoint is of a shrunken module.
+
     Returns:
         A function that ends it.
     """
 
     def client(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if isinstance(trainer.strategy, SHARDING):  # the module is in parts by now
+            if SIGNPOST in args[0].get("state_dict", {}):
+                raise CheckpointMismatch(
+                    f"this checkpoint is of a shrunken model, whose shapes {type(trainer.strategy).__name__} cannot "
+                    f"restore in parts; load it with lightning_compress.load_from_checkpoint, and fit that module"
+                )
+            return original(*args, **kwargs)
         for module in (pl_module, *averaged_modules(trainer)):
             _reshape(module, args[0])
         return original(*args, **kwargs)

@@ -14,7 +14,6 @@ from lightning_compress.callbacks.averages import averaged_models
 from lightning_compress.callbacks.clock import Clock, restore_data_place, run_length
 from lightning_compress.callbacks.contract import (
     check_state,
-    check_strategy,
     check_unclaimed,
     described,
     is_final_at_setup,
@@ -23,6 +22,7 @@ from lightning_compress.callbacks.contract import (
 )
 from lightning_compress.callbacks.order import Claim, check_together
 from lightning_compress.callbacks.pruning import GradualPruning
+from lightning_compress.callbacks.sameness import takes_part
 from lightning_compress.callbacks.timetable import timetable
 from lightning_compress.errors import CheckpointMismatch, CompressError, NothingToCompress
 from lightning_compress.pruning.rewinding import copied, fresh_state, live_tensors, put_back, restart
@@ -79,9 +79,8 @@ class LotteryRewinding(L.Callback):
     # Attaching and detaching
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage != "fit" or not self.enabled:
+        if stage != "fit" or not takes_part(self, trainer, pl_module, stage):
             return
-        check_strategy(trainer, self)
         listed = trainer.callbacks  # type: ignore[attr-defined]
         self._prunings = [callback for callback in listed if isinstance(callback, GradualPruning)]
         if not self._prunings:

@@ -13,7 +13,9 @@ from torch.optim import LBFGS, Optimizer
 from lightning_compress.callbacks.averages import averaged_models
 from lightning_compress.callbacks.contract import gradients_are_read
 from lightning_compress.errors import CheckpointMismatch
+from lightning_compress.parts import Part
 from lightning_compress.pruning.masks import apply_mask, pack_mask, unpack_mask
+from lightning_compress.sharding import all_reduce_sum, cut, is_sharded, local, parts_of
 
 __all__ = ["ELEMENTWISE", "MaskKeeper"]
 
@@ -27,12 +29,26 @@ ELEMENTWISE = frozenset(
 
 
 class MaskKeeper:
-    """The weights and masks of one callback, by clean name, and what is done to them at Lightning's moments."""
+    """The weights and masks of one callback, by clean name, and what is done to them at Lightning's moments.
+
+    Where the strategy shards weights, masks are of this process's parts; otherwise there are no parts.
+    """
 
     def __init__(self) -> None:
         self.weights: dict[str, nn.Parameter] = {}
         self.masks: dict[str, Tensor] = {}
+        self.parts: dict[str, Part] = {}
         self._gradients_are_read = True
+
+    def find_parts(self, root: nn.Module) -> None:
+        """Find out what this process holds of each weight; every process calls it. Runs at `on_fit_start`."""
+        parts = parts_of(root, self.weights)
+        self.parts = parts if is_sharded(parts) else {}
+
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """Shape of each whole weight."""
+        return {n: self.parts[n].shape if n in self.parts else weight.shape for n, weight in self.weights.items()}
 
     def start(self, who: L.Callback, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find out who reads gradients. Runs at `on_fit_start`."""
@@ -48,14 +64,14 @@ class MaskKeeper:
         for name in (self.masks if names is None else names) if self.masks else ():
             weight = (weights or self.weights).get(name)
             if weight is not None:
-                apply_mask(weight, self.masks[name].to(weight.device))  # SWA keeps its average on the CPU
+                apply_mask(local(weight), self.masks[name].to(weight.device))  # SWA keeps its average on the CPU
 
     def mask_gradients(self, names: Iterable[str]) -> None:
         """Zero the gradients of what the masks drop."""
         for name in names if self.masks else ():
             gradient = self.weights[name].grad
             if gradient is not None:
-                apply_mask(gradient, self.masks[name])
+                apply_mask(local(gradient), self.masks[name])
 
     @torch.no_grad()
     def replace(self, trainer: L.Trainer, masks: Iterator[Tensor]) -> None:
@@ -89,12 +105,23 @@ class MaskKeeper:
 
     def sparsity(self) -> float:
         """Share of weights that the masks hold at zero."""
-        kept = sum(int(torch.count_nonzero(mask)) for mask in self.masks.values())
-        return 1.0 - kept / sum(mask.numel() for mask in self.masks.values())
+        counted = [mask for name, mask in self.masks.items() if name not in self.parts or self.parts[name].counted]
+        counts = [sum(int(torch.count_nonzero(mask)) for mask in counted), sum(mask.numel() for mask in counted)]
+        if self.parts:
+            device = next(iter(self.masks.values())).device
+            counts = all_reduce_sum(torch.tensor(counts, device=device)).tolist()
+        return 1.0 - counts[0] / counts[1]
 
     def packed(self) -> dict[str, Tensor]:
-        """Return the masks at one bit a weight."""
-        return {name: pack_mask(mask) for name, mask in self.masks.items()}
+        """Return the whole masks at one bit a weight; every process calls it."""
+        return {name: self._packed(mask, self.parts.get(name)) for name, mask in self.masks.items()}
+
+    def _packed(self, mask: Tensor, part: Part | None) -> Tensor:
+        if part is None or part.replicated:
+            return pack_mask(mask)
+        packed = pack_mask(part.placed(mask))
+        # Each bit is one process's, so that sums of bytes put them together: an eighth of a byte is sent for a weight.
+        return all_reduce_sum((packed if part.counted else packed.zero_()).to(mask.device)).cpu()
 
     def unpack(self, packed: Mapping[str, Tensor]) -> None:
         """Take over packed masks. Runs at `on_train_start`.
@@ -108,8 +135,9 @@ class MaskKeeper:
                 f"the checkpoint has masks for other weights than this model's selection; first difference: "
                 f"'{differing[0]}'; resume with the model and include/exclude that made it"
             )
+        shapes = self.shapes
         self.masks = {
-            name: unpack_mask(packed[name].cpu(), weight.shape).to(weight.device)
+            name: cut(unpack_mask(packed[name].cpu(), shapes[name]), self.parts.get(name)).to(weight.device)
             for name, weight in self.weights.items()
             if packed
         }
@@ -121,4 +149,4 @@ def _forget(optimizers: Iterable[Any], weight: nn.Parameter, grown: Tensor) -> N
         raw = getattr(optimizer, "optimizer", optimizer)
         for value in raw.state.get(weight, {}).values():
             if isinstance(value, Tensor) and value.shape == weight.shape:
-                value.masked_fill_(grown, 0)
+                local(value).masked_fill_(grown, 0)

@@ -13,11 +13,20 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_compress import tracking
+from lightning_compress.callbacks.contract import SHARDING
 from lightning_compress.callbacks.quantization import QuantizationAwareTraining
 from lightning_compress.errors import NothingToCompress
 from lightning_compress.measure.chart import plot_report
 from lightning_compress.measure.report import Measurement, Report, compare
-from lightning_compress.measure.size import Count, LayerRow, count_nonzero, file_bytes, per_layer, zipped_bytes
+from lightning_compress.measure.size import (
+    Count,
+    LayerRow,
+    count_nonzero,
+    count_nonzero_in_parts,
+    file_bytes,
+    per_layer,
+    zipped_bytes,
+)
 from lightning_compress.quantization.outputs import outputs_of
 from lightning_compress.quantization.projections import weight_names
 
@@ -69,9 +78,10 @@ class CompressionMonitor(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._ready = None
+        before = self._measured("before this fit", trainer, pl_module)
         if not _writes(trainer):
             return
-        self._before = self._measured("before this fit", pl_module)
+        self._before = before
         run = tracking.wandb_run(trainer.loggers)
         if run is not None:
             tracking.log_config(run, {f"compress/{type(c).__name__}": c.recipe() for c in _compressions(trainer)})
@@ -89,9 +99,9 @@ class CompressionMonitor(L.Callback):
         self._log_ready(trainer)  # callbacks after this one in the list may have completed in the last batch
         # Both may be collectives: every process asks, not only the one that writes.
         folder, about = self._report_folder(trainer), self._about(trainer)
+        after = self._measured("after this fit", trainer, pl_module)
         if self._before is None or not _writes(trainer):
             return
-        after = self._measured("after this fit", pl_module)
         self.report = compare(self._before, after, about=about)
         histories: list[list[tuple[int, float, float]]] = [getattr(c, "history", []) for c in _compressions(trainer)]
         history = next(filter(None, histories), [])
@@ -100,8 +110,13 @@ class CompressionMonitor(L.Callback):
             _log(trainer, {"compress/size_bytes": float(after.zipped_bytes)})
         self._show(trainer, pl_module, history)
 
-    def _measured(self, name: str, pl_module: L.LightningModule) -> Measurement:
-        count: Count = count_nonzero(pl_module)
+    def _measured(self, name: str, trainer: L.Trainer, pl_module: L.LightningModule) -> Measurement:
+        if isinstance(trainer.strategy, SHARDING):  # to count is a collective
+            count: Count = count_nonzero_in_parts(trainer.strategy.model or pl_module, pl_module)
+            return Measurement(name, {}, None, None, count.nonzero, count.total, note="counted over all processes")
+        if not _writes(trainer):
+            return Measurement(name)
+        count = count_nonzero(pl_module)
         size = zipped = None
         if self.measure_size:
             with tempfile.TemporaryDirectory() as folder:
@@ -129,7 +144,8 @@ class CompressionMonitor(L.Callback):
         run = tracking.wandb_run(trainer.loggers)
         if run is None:
             return
-        tracking.log_layer_table(run, _layer_rows(trainer, pl_module), trainer.global_step)
+        if not isinstance(trainer.strategy, SHARDING):
+            tracking.log_layer_table(run, _layer_rows(trainer, pl_module), trainer.global_step)
         if history:
             tracking.log_schedule_curve(run, history)
         if "report.png" in self.files:

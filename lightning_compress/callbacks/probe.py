@@ -17,6 +17,7 @@ from lightning_utilities.core.rank_zero import rank_zero_debug
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_compress.distillation.taps import Call, StudentSeen, Tap
+from lightning_compress.sharding import is_flattened
 
 __all__ = ["first_student_call", "uncompiled"]
 
@@ -87,10 +88,12 @@ def first_student_call(
 
     Args:
         trainer: its training data are read by index, not through their loader.
-        pl_module: not yet moved or wrapped.
+        pl_module: not yet moved or wrapped, if it is built before `configure_model`.
         student: name of the submodule; None is the outermost trainable one.
     """
     if sum(parameter.numel() for parameter in pl_module.parameters()) > MOST_PARAMETERS:
+        return None
+    if is_flattened(trainer.strategy.model or pl_module):  # FSDP1 runs from its root alone
         return None
     tap = Tap(open=True, stop=True)
     remove = tap.attach_outermost(pl_module) if student is None else tap.attach(pl_module, student)

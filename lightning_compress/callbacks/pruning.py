@@ -14,11 +14,12 @@ from torch.optim import Optimizer
 
 from lightning_compress.callbacks.clock import Clock, restore_data_place
 from lightning_compress.callbacks.contract import (
+    SHARDING,
     check_state,
-    check_strategy,
     check_unclaimed,
     described,
     is_final_at_setup,
+    is_tensor_parallel,
     saved_state,
     state_key,
     warn_if_unfinished,
@@ -26,11 +27,13 @@ from lightning_compress.callbacks.contract import (
 from lightning_compress.callbacks.gathering import Gathering
 from lightning_compress.callbacks.masking import MaskKeeper
 from lightning_compress.callbacks.order import Claim, check_together
+from lightning_compress.callbacks.sameness import takes_part
 from lightning_compress.callbacks.timetable import Timetable, timetable
+from lightning_compress.divergence import check_same
 from lightning_compress.pruning.criteria import magnitude
 from lightning_compress.pruning.patterns import Unstructured
 from lightning_compress.pruning.statistics import ACTIVATIONS, GRADIENTS, Statistics
-from lightning_compress.pruning.targets import PRUNABLE, Target, asks_for
+from lightning_compress.pruning.targets import PRUNABLE, Target, asks_for, checked_scores
 from lightning_compress.schedule import (
     Constant,
     Cubic,
@@ -142,9 +145,8 @@ class GradualPruning(L.Callback):
     # Attaching and detaching
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage != "fit" or not self.enabled:
+        if stage != "fit" or not takes_part(self, trainer, pl_module, stage, SHARDING):
             return
-        check_strategy(trainer, self)
         self.keeper.weights, self._restored = {}, None
         if trainer.global_step == 0:  # a fresh run with the same callback object
             self.clock.reset()
@@ -161,7 +163,8 @@ class GradualPruning(L.Callback):
                 f"has given yet at the window's begin, step 0; begin at step 1 or later: window=(1, {self.window[1]})"
             )
         self.keeper.weights = select_weights(pl_module, PRUNABLE, self.include, self.exclude)
-        self.gathering.statistics.check(pl_module, self.weights)
+        self.keeper.find_parts(trainer.strategy.model or pl_module)
+        self.gathering.statistics.check(pl_module, self.weights, is_tensor_parallel(trainer))
         self._layers = layers_of(pl_module, self.weights)
         check_pattern = getattr(self.pattern, "check", None)
         if check_pattern is not None:
@@ -216,18 +219,7 @@ class GradualPruning(L.Callback):
         return check_sparsity(self.schedule(self.times.progress(step)))
 
     def _targets(self, step: int = 0) -> list[Target]:
-        return [
-            Target(
-                name,
-                weight.detach(),
-                self._layers[name],
-                self.masks.get(name),
-                self.criterion,
-                {**self.gathering.statistics.values(name), "step": lambda: step},
-                self._comes_back,
-            )
-            for name, weight in self.weights.items()
-        ]
+        return self.gathering.targets(self._layers, self.criterion, step, self._comes_back)
 
     @torch.no_grad()
     def _update(self, trainer: L.Trainer, step: int) -> None:
@@ -235,10 +227,11 @@ class GradualPruning(L.Callback):
         self.keeper.apply()  # the optimizer has moved what is out: its score must be that of zero
         self.gathering.statistics.reduce()
         scored = self._targets(step)
-        if len({target.check(step) for target in scored}) > 1:
+        if len(checked_scores(scored, step)) > 1:
             scored = [replace(target, widen=True) for target in scored]
         masks, threshold = self.pattern(scored, target, self.times.progress(step))
         self.keeper.replace(trainer, self.gathering.remembering(masks))
+        check_same({} if self.keeper.parts else self.masks, "mask", step)
         self.gathering.statistics.reset()
         sparsity = self.keeper.sparsity()
         self.history.append((step, target, sparsity))

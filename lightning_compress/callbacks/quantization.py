@@ -2,39 +2,42 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as L
-import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_compress.callbacks.clock import Clock, restore_data_place, run_length
 from lightning_compress.callbacks.contract import (
+    SHARDING,
     check_state,
-    check_strategy,
     check_unclaimed,
     described,
     is_final_at_setup,
+    is_tensor_parallel,
     saved_state,
     state_key,
     warn_if_unfinished,
 )
 from lightning_compress.callbacks.order import Claim, check_together
+from lightning_compress.callbacks.sameness import takes_part
+from lightning_compress.divergence import check_same
 from lightning_compress.errors import NothingToCompress
 from lightning_compress.quantization.attach import Phase
 from lightning_compress.quantization.batchnorm import freeze_batch_norm, unfreeze_batch_norm
 from lightning_compress.quantization.choosing import Override, Recipe, grids_of, override_of, select_quantizable
 from lightning_compress.quantization.details import Details
+from lightning_compress.quantization.fake import forget_compiled_code
 from lightning_compress.quantization.grid import FLOAT_BITS
 from lightning_compress.quantization.inputs import InputGrid
 from lightning_compress.quantization.layers import QuantizedLayers
 from lightning_compress.quantization.outputs import Ranges
 from lightning_compress.quantization.placed import PlacedOutputs
 from lightning_compress.quantization.weights import WeightGrid
+from lightning_compress.quantization.whole_weights import check_tensor_parallel
 from lightning_compress.select import patterns_or_none
 from lightning_compress.window import Moment, resolve_window
 
@@ -47,7 +50,7 @@ class QuantizationAwareTraining(L.Callback):
     Runs in each forward of the selected layers, training and validation alike: first only the inputs' ranges are
     observed, then weights and inputs are rounded with a straight-through gradient, at last the ranges are frozen, and
     with them what grids learn. Zeros of pruning stay zero. Jacob et al. 2018. The projections of `MultiheadAttention`
-    are layers, too; `Details(attention=True)` rounds the products of attention.
+    are layers; `Details(attention=True)` rounds its products.
 
     Args:
         weights: width of weight codes, 2 to 8, for `Symmetric(bits)`; or a grid, as in `quantization.weights`.
@@ -55,8 +58,8 @@ class QuantizationAwareTraining(L.Callback):
             leaves inputs in floating point.
         window: when to observe, when to round, when to freeze the ranges; floats are fractions of the run, ints are
             optimizer steps.
-        include: names, globs, class names or types; None is every Linear, Conv1d/2d/3d and MultiheadAttention but the
-            output head. It may name ConvTranspose1d/2d/3d, and Embedding, whose weight only is rounded.
+        include: names, globs, class names or types; None is every Linear, Conv and MultiheadAttention but the output
+            head. It may name ConvTranspose, and Embedding, whose weight only is rounded.
         exclude: the same, left in floating point.
         per_layer: pattern -> (weights, inputs), or weights' width, of selected layers; the last that matches counts.
         details: what makes ranges, learning rate of grids that learn, moments, noise, what else is rounded, compiled.
@@ -125,12 +128,9 @@ class QuantizationAwareTraining(L.Callback):
         options = ("weights", "inputs", "window", "include", "exclude", "per_layer", "details")
         return {option: described(getattr(self, option)) for option in options}
 
-    # Attaching and detaching
-
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if not self.enabled:
+        if not takes_part(self, trainer, pl_module, stage, SHARDING):
             return
-        check_strategy(trainer, self)
         self.quantized.layers, self._restored = {}, None
         if stage == "fit" and trainer.global_step == 0:  # a fresh run with the same callback object
             self.clock.reset()
@@ -145,14 +145,18 @@ class QuantizationAwareTraining(L.Callback):
             total = run_length(trainer, (*self.window, *(moment for moment in late if moment is not None)))
             self.steps = resolve_window(self.window, total, ("observe", "round", "freeze"))  # type: ignore[assignment]
             self._inputs_at, self._norms_at = self.details.resolved(total, *self.steps[1:])
-        learning = self.quantized.choose(pl_module, select_quantizable(pl_module, self.include, self.exclude))
+        layers = select_quantizable(pl_module, self.include, self.exclude)
+        learning = self.quantized.choose(pl_module, layers, trainer.strategy.model or pl_module)
+        if is_tensor_parallel(trainer):
+            grids = {name: self.quantized.grids(name) for name in layers}
+            check_tensor_parallel(grids, self.details, type(self).__name__)
         if learning and stage == "fit" and getattr(trainer.precision_plugin, "scaler", None) is not None:
             raise ValueError(
                 f"{learning} cannot learn from gradients that precision='16-mixed' scales; use precision='bf16-mixed', "
                 f"or grids that learn nothing, such as weights=8, inputs=8"
             )
         check_together(trainer.callbacks)  # type: ignore[attr-defined]
-        self.quantized.attach(self.details.compiled, keep_weight=trainer.accumulate_grad_batches > 1)
+        self.quantized.attach(self.details.compiled, keep=trainer.accumulate_grad_batches > 1)
         if self.outputs.placed:
             self.outputs.attach(pl_module, compiled=self.details.compiled)
         forget_compiled_code()
@@ -235,6 +239,7 @@ class QuantizationAwareTraining(L.Callback):
             for logger in trainer.loggers:
                 logger.log_metrics({"compress/bits": bits}, step=trainer.global_step)
         self._phase = entered
+        check_same({n: state.extremes for n, state in self.quantized.states.items()}, "range", self.clock.steps)
 
     def _warn(self, sentences: list[str]) -> None:
         for sentence in sentences:
@@ -264,7 +269,7 @@ class QuantizationAwareTraining(L.Callback):
             self.outputs.share(self.quantized.states)
             self._enter_phase(trainer)
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_epoch_end(self, *_: Any) -> None:
         self._warn(self.quantized.not_finite())
 
     def _thaw(self) -> None:
@@ -292,9 +297,3 @@ class QuantizationAwareTraining(L.Callback):
     def _take_over(self, state: dict[str, Any]) -> None:
         self.quantized.load_state_dict(state)
         self.outputs.load_state_dict(state["outputs"])
-
-
-def forget_compiled_code() -> None:
-    """Drop compiled graphs: Dynamo does not guard on hooks, so old code would run without (or with) ours."""
-    if "torch._dynamo" in sys.modules:
-        torch.compiler.reset()

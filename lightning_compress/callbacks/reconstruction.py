@@ -14,7 +14,6 @@ from torch.optim import Optimizer
 from lightning_compress.callbacks.clock import Clock, restore_data_place, run_length
 from lightning_compress.callbacks.contract import (
     check_state,
-    check_strategy,
     check_unclaimed,
     described,
     is_final_at_setup,
@@ -24,10 +23,11 @@ from lightning_compress.callbacks.contract import (
 )
 from lightning_compress.callbacks.masking import MaskKeeper
 from lightning_compress.callbacks.order import Claim, check_together
-from lightning_compress.callbacks.quantization import forget_compiled_code
+from lightning_compress.callbacks.sameness import takes_part
 from lightning_compress.errors import CompressError, NothingToCompress
 from lightning_compress.pruning.hessians import RECONSTRUCTIBLE, InputHessians
 from lightning_compress.pruning.reconstruction import check_groups, reconstruct_layer, share_zeros
+from lightning_compress.quantization.fake import forget_compiled_code
 from lightning_compress.select import patterns_or_none, select_weights
 from lightning_compress.sharding import all_reduce_sum
 from lightning_compress.window import Moment, check_sparsity, resolve_moment
@@ -117,9 +117,8 @@ class Reconstruction(L.Callback):
     # Attaching and detaching
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage != "fit" or not self.enabled:
+        if stage != "fit" or not takes_part(self, trainer, pl_module, stage):
             return
-        check_strategy(trainer, self)
         self.keeper.weights, self._restored, self._gathered = {}, None, None
         if trainer.global_step == 0:  # a fresh run with the same callback object
             self.clock.reset()

@@ -17,7 +17,6 @@ from lightning_compress.callbacks.averages import averaged_models
 from lightning_compress.callbacks.clock import Clock, restore_data_place, run_length
 from lightning_compress.callbacks.contract import (
     check_state,
-    check_strategy,
     check_unclaimed,
     described,
     is_final_at_setup,
@@ -27,7 +26,7 @@ from lightning_compress.callbacks.contract import (
 )
 from lightning_compress.callbacks.masking import MaskKeeper
 from lightning_compress.callbacks.order import Claim, check_together
-from lightning_compress.callbacks.quantization import forget_compiled_code
+from lightning_compress.callbacks.sameness import takes_part
 from lightning_compress.callbacks.step import around_loss
 from lightning_compress.pruning.criteria import magnitude
 from lightning_compress.pruning.gates import Gate
@@ -35,6 +34,7 @@ from lightning_compress.pruning.gating import LearnedGates, called_weights
 from lightning_compress.pruning.patterns import Unstructured
 from lightning_compress.pruning.penalties import l1, penalties_of
 from lightning_compress.pruning.targets import PRUNABLE, Criterion, Target
+from lightning_compress.quantization.fake import forget_compiled_code
 from lightning_compress.schedule import Constant, Moment, Schedule, check_sparsity, resolve_window
 from lightning_compress.select import layers_of, patterns_or_none, select_weights
 
@@ -124,9 +124,8 @@ class SparsityRegularization(L.Callback):
     # Attaching and detaching
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage != "fit" or not self.enabled:
+        if stage != "fit" or not takes_part(self, trainer, pl_module, stage):
             return
-        check_strategy(trainer, self)
         if self.gates and getattr(trainer.precision_plugin, "scaler", None) is not None:
             raise ValueError(
                 f"gates such as {described(self.term)} cannot learn from gradients that precision='16-mixed' scales; "

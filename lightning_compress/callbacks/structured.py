@@ -12,11 +12,11 @@ from torch.optim import Optimizer
 
 from lightning_compress.callbacks.clock import Clock, restore_data_place
 from lightning_compress.callbacks.contract import (
+    SHARDING,
     check_state,
-    check_strategy,
     check_unclaimed,
     described,
-    is_final_at_setup,
+    is_whole_at_setup,
     saved_state,
     state_key,
     warn_if_unfinished,
@@ -26,18 +26,21 @@ from lightning_compress.callbacks.loading import restoring_shapes, save_shapes
 from lightning_compress.callbacks.masking import MaskKeeper
 from lightning_compress.callbacks.order import Claim, check_together
 from lightning_compress.callbacks.reshaping import Traced, needed, remove_channels, saved_trace, trace
+from lightning_compress.callbacks.sameness import takes_part
 from lightning_compress.callbacks.timetable import Timetable, timetable
+from lightning_compress.divergence import check_same
 from lightning_compress.pruning.channels import Removal, checked, choose
 from lightning_compress.pruning.criteria import magnitude
 from lightning_compress.pruning.shrink import check_optimizers
 from lightning_compress.pruning.statistics import ACTIVATIONS, GRADIENTS, Statistics
-from lightning_compress.pruning.targets import PRUNABLE, Target, asks_for
+from lightning_compress.pruning.targets import PRUNABLE, asks_for, checked_scores
 from lightning_compress.schedule import Cubic, Moment, Schedule, check_frequency, check_sparsity
 from lightning_compress.select import patterns_or_none
-from lightning_compress.sharding import clean_name
+from lightning_compress.sharding import clean_name, cut
 
 __all__ = ["StructuredPruning"]
 
+LEAVE_ZEROS = "leave zeros in with removal=Removal(times=0) and take them out afterwards (remove_zero_channels)"
 KNOWN = GRADIENTS | ACTIVATIONS | {"weight", "name", "step"}
 
 
@@ -46,8 +49,7 @@ class StructuredPruning(L.Callback):
 
     Runs inside each optimizer step (what is out is zero in every layer it passes through) and at the end of the
     batches after which channels are removed: parameters, optimizer state and the layers' attributes shrink in place,
-    and training goes on. Which channels belong together is found by tracing one forward. Li et al. 2017; Fang et al.
-    2023, "DepGraph".
+    and training goes on. Which channels belong together is found by tracing one forward. Fang et al. 2023, "DepGraph".
 
     Args:
         amount: share of the budget that goes by the window's end, in [0, 1) (a cubic schedule from 0); or a schedule,
@@ -119,23 +121,21 @@ class StructuredPruning(L.Callback):
         options = ("schedule", "window", "frequency", "include", "exclude", "criterion", "removal")
         return {option: described(getattr(self, option)) for option in options}
 
-    # Attaching and detaching
-
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if not self.enabled:
+        sharding = () if self.removal.times and stage == "fit" else SHARDING
+        if not takes_part(self, trainer, pl_module, stage, sharding, LEAVE_ZEROS):
             return
         self._release()
         self._undo.append(restoring_shapes(trainer, pl_module))
         if stage != "fit":
             return
-        check_strategy(trainer, self)
         self._restored = None
         if trainer.global_step == 0:  # a fresh run with the same callback object
             self.clock.reset()
             self.traced, self.history, self._removals = None, [], 0
             self.keeper.masks = {}
             self.gathering.statistics.clear()
-        if is_final_at_setup(pl_module):
+        if is_whole_at_setup(trainer, pl_module):
             self._trace(trainer, pl_module)
 
     def _trace(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -153,20 +153,23 @@ class StructuredPruning(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self.enabled:
             return
-        if self.removal.times:
-            check_optimizers(trainer.optimizers)
+        check_optimizers(trainer.optimizers if self.removal.times else ())
         if self._restored is not None:  # the module is as small as it was then, so it is not traced again
             self.traced = saved_trace(self._restored["traced"]) if self._restored["traced"] else None
         self._trace(trainer, pl_module)
+        self._take_over_units()
+        self._attach(trainer, pl_module)
+
+    def _take_over_units(self) -> None:
         if self._restored is not None:
             self.history = [(int(step), float(target), float(gone)) for step, target, gone in self._restored["history"]]
             self._removals = int(self._restored["removals"])
             self._plan().survivors.load_state_dict(self._restored["units"])
-        self._attach(trainer, pl_module)
 
     def _attach(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take hold of the module's parameters as they are now; again after each removal."""
         self.keeper.weights = self._plan().parameters(pl_module)
+        self.keeper.find_parts(trainer.strategy.model or pl_module)
         self.keeper.start(self, trainer, pl_module)
         layers = ((clean_name(name), layer) for name, layer in pl_module.named_modules() if isinstance(layer, PRUNABLE))
         self._layers = {f"{name}.weight": layer for name, layer in layers if f"{name}.weight" in self.keeper.weights}
@@ -185,6 +188,7 @@ class StructuredPruning(L.Callback):
             return
         restore_data_place(trainer)
         if self._restored is not None:
+            self._take_over_units()  # sharding strategies load checkpoints after `on_fit_start`
             self.clock.load_state_dict(self._restored["clock"])
             self.gathering.load_state_dict(self._restored["gathered"])
             self._restored = None
@@ -224,29 +228,26 @@ class StructuredPruning(L.Callback):
         self.gathering.statistics.reset()
         plan = self._plan()
         plan.survivors.kept = choose(scores, plan.share, self._amount(step), self.removal)
+        check_same(plan.survivors.kept, "channels", step)
         self._mask(trainer)
         gone = 1.0 - plan.share(plan.survivors.kept)
         self.history.append((step, self._amount(step), gone))
         self._unlogged = {f"compress/removed_{self.removal.of}": gone, "compress/amount_target": self._amount(step)}
 
     def _scores(self, step: int) -> dict[str, Tensor]:
-        by_weight = {}
-        for name, layer in self._layers.items():
-            values = {**self.gathering.statistics.values(name), "step": lambda: step}
-            target = Target(name, self.keeper.weights[name].detach(), layer, None, self.criterion, values)
-            target.check(step)
-            by_weight[name] = target.scores()
-        return self._plan().survivors.scores(by_weight, self._relative)
+        targets = self.gathering.targets(self._layers, self.criterion, step, comes_back=True)  # units know what is out
+        checked_scores(targets, step)
+        return self._plan().survivors.scores({t.name: t.scores() for t in targets}, self._relative, self.keeper.parts)
 
     def _mask(self, trainer: L.Trainer) -> None:
         if self._plan().survivors.masked:
-            masks = self._plan().survivors.masks({name: weight.shape for name, weight in self.keeper.weights.items()})
-            self.keeper.replace(trainer, iter([masks[name] for name in self.keeper.weights]))
+            masks = self._plan().survivors.masks(self.keeper.shapes)
+            self.keeper.replace(trainer, (cut(masks[n], self.keeper.parts.get(n)) for n in self.keeper.weights))
 
     # Removing channels
 
     def _removals_by_now(self) -> int:
-        # Of what the last update has zeroed: progress through the window says how many removals are due.
+        # Of what the last update has zeroed, by its progress through the window.
         return int(self.times.progress(self.history[-1][0]) * self.removal.times + 1e-9) if self.history else 0
 
     def _remove_if_due(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -282,7 +283,7 @@ class StructuredPruning(L.Callback):
     on_load_checkpoint = check_unclaimed
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        if self.enabled:
+        if self.enabled and not self.keeper.parts:
             save_shapes(pl_module, checkpoint, shrunken=self.traced is not None and self.traced.survivors.shrunken)
 
     def state_dict(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lightning_compress.errors import CompressError
+from lightning_compress.sharding import is_distributed, is_flattened
 
 __all__ = ["MeanTeacher", "Peer", "StartingModel", "check_source", "copy_of", "follow"]
 
@@ -80,7 +81,16 @@ def check_source(teacher: object, student: str | None, layers: bool, cached: boo
 
 
 def copy_of(student: nn.Module) -> nn.Module:
-    """Return a copy to teach with; its parameters get no gradient."""
+    """Return a copy to teach with; its parameters get no gradient. Runs at `setup`.
+
+    Raises:
+        CompressError: the student is in parts already: its layers were made and sharded in `configure_model`.
+    """
+    if any(is_distributed(parameter) for parameter in student.parameters()) or is_flattened(student):
+        raise CompressError(
+            "a copy of the student cannot be made once it is sharded; make its layers in __init__ and only shard them "
+            "in configure_model, or teach with another model"
+        )
     return copy.deepcopy(student).requires_grad_(False)
 
 

@@ -68,6 +68,8 @@ class RunningTeacher:
         home = next((leaf.device for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor)), None)
         if self.device is not None or self.converted:
             given = pytree.tree_map_only(Tensor, self._moved, given)
+        elif not (home is not None and torch.is_autocast_enabled(home.type)):
+            given = pytree.tree_map_only(Tensor, self._widened, given)
         with self._context(self.device or home):
             output = call_teacher(called, *given)
         if self.device is not None or self.converted:
@@ -79,6 +81,12 @@ class RunningTeacher:
     def _moved(self, value: Tensor) -> Tensor:
         dtype = self.dtype if self.converted and value.is_floating_point() else None
         return value.to(device=self.device, dtype=dtype)
+
+    def _widened(self, value: Tensor) -> Tensor:
+        # FSDP1 hands its own half precision to the student's inputs, without autocast on a CPU.
+        half = value.dtype in (torch.bfloat16, torch.float16)
+        dtype = next((p.dtype for p in self.module.parameters() if p.is_floating_point()), value.dtype)
+        return value.to(dtype) if half and dtype == torch.float32 else value
 
     def _context(self, device: torch.device | None) -> AbstractContextManager[Any]:
         if self.dtype is None or device is None:

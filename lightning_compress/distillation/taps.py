@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils import _pytree as pytree
 
 from lightning_compress.errors import CompressError
 from lightning_compress.select import Pattern, matching_modules
+from lightning_compress.sharding import is_distributed, undistributed
 
 __all__ = ["Call", "LayerTap", "Read", "StudentSeen", "Tap", "first_tensor", "logits_of", "unwrapped"]
 
@@ -54,8 +56,11 @@ class Tap:
         return calls
 
     def collect(self, call: Call) -> None:
-        """Take in one call."""
+        """Take in one call; what tensor parallelism has spread over processes is put together."""
         if self.open and torch.is_grad_enabled():
+            seen = (call.args, call.kwargs, call.output)
+            if any(is_distributed(leaf) for leaf in pytree.tree_leaves(seen)):
+                call = Call(call.name, *pytree.tree_map(undistributed, seen))
             self.calls.append(call)
             if self.stop:
                 raise StudentSeen

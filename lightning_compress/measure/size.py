@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.sharding import all_reduce_sum, clean_name, local, parts_of
+
 if TYPE_CHECKING:
     import numpy as np
     from onnx import ModelProto
@@ -20,6 +22,7 @@ __all__ = [
     "Count",
     "LayerRow",
     "count_nonzero",
+    "count_nonzero_in_parts",
     "count_nonzero_onnx",
     "file_bytes",
     "per_layer",
@@ -99,6 +102,23 @@ def count_nonzero(model: nn.Module | Mapping[str, Tensor]) -> Count:
     tensors = model.parameters() if isinstance(model, nn.Module) else model.values()
     once = list({_place(tensor): tensor for tensor in tensors}.values())
     return Count(sum(_nonzero(tensor) for tensor in once), sum(tensor.numel() for tensor in once))
+
+
+@torch.no_grad()
+def count_nonzero_in_parts(root: nn.Module, module: nn.Module) -> Count:
+    """Count as `count_nonzero` does, where each process has a part of the parameters: every process calls it.
+
+    Args:
+        root: the model as the strategy has wrapped it.
+        module: whose parameters are counted.
+    """
+    parameters = {clean_name(name): parameter for name, parameter in module.named_parameters()}
+    parts = parts_of(root, parameters)
+    own = [local(parameter) for name, parameter in parameters.items() if parts[name].counted]
+    device = next(iter(parameters.values())).device
+    counts = torch.tensor([sum(map(_nonzero, own)), sum(piece.numel() for piece in own)], device=device)
+    nonzero, total = all_reduce_sum(counts).tolist()
+    return Count(nonzero, total)
 
 
 def per_layer(

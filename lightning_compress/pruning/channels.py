@@ -13,7 +13,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_compress.parts import Part
 from lightning_compress.pruning.dependency import Group, Slot
+from lightning_compress.sharding import all_reduce_sum
 
 __all__ = ["Removal", "checked", "choose", "group_scores", "kept_share", "masks_of", "remaining", "unit_scores"]
 
@@ -83,35 +85,51 @@ def remaining(groups: Sequence[Group], present: Kept) -> list[Group]:
     ]
 
 
-def group_scores(group: Group, scores: Mapping[str, Tensor], relative: bool) -> Tensor:
+def _channel_means(scores: Tensor, dim: int, part: Part | None) -> Tensor:
+    """Return the mean over each slice along a dimension, in float64; every process calls it."""
+    if part is None or part.replicated:
+        return scores.movedim(dim, 0).flatten(1).double().mean(dim=1)
+    placed = part.placed(scores).movedim(dim, 0).flatten(1).double().mean(dim=1)
+    return all_reduce_sum(placed if part.counted else placed.zero_())
+
+
+def group_scores(
+    group: Group, scores: Mapping[str, Tensor], relative: bool, parts: Mapping[str, Part] | None = None
+) -> Tensor:
     """Return one score a unit: the mean over its weights in all layers it passes through.
 
     Args:
         group: with positions as the tensors are now.
         scores: of each weight, by name; slots of other tensors (biases, norms) have none and take no part.
         relative: divide by the mean over units, for criteria whose values mean nothing across layers.
+        parts: which piece of each weight the scores are of; without one they are of the whole.
 
     >>> group = Group("a", (Slot("a.weight", 0, torch.tensor([[0], [1]])),), 2)
     >>> group_scores(group, {"a.weight": torch.tensor([[1.0, 3.0], [4.0, 4.0]])}, relative=False)
     tensor([2., 4.], dtype=torch.float64)
     """
-    parts = []
+    means = []
     for slot in group.slots:
         if slot.tensor in scores:
-            by_position = scores[slot.tensor].movedim(slot.dim, 0).flatten(1).double().mean(dim=1)
-            part = by_position[slot.index.to(by_position.device)].mean(dim=1).cpu()
-            parts.append(part / part.mean().abs().clamp_min(1e-300) if relative else part)
-    return torch.stack(parts).mean(dim=0) if parts else torch.zeros(group.units, dtype=torch.float64)
+            by_position = _channel_means(scores[slot.tensor], slot.dim, (parts or {}).get(slot.tensor))
+            mean = by_position[slot.index.to(by_position.device)].mean(dim=1).cpu()
+            means.append(mean / mean.mean().abs().clamp_min(1e-300) if relative else mean)
+    return torch.stack(means).mean(dim=0) if means else torch.zeros(group.units, dtype=torch.float64)
 
 
 def unit_scores(
-    groups: Sequence[Group], present: Kept, kept: Kept, scores: Mapping[str, Tensor], relative: bool
+    groups: Sequence[Group],
+    present: Kept,
+    kept: Kept,
+    scores: Mapping[str, Tensor],
+    relative: bool,
+    parts: Mapping[str, Part] | None = None,
 ) -> dict[str, Tensor]:
     """Return `group_scores` of each group as first traced; -inf for units that are zero or removed already."""
     by_group = {}
     for group in remaining(groups, present):
         full = torch.full((len(present[group.name]),), float("-inf"), dtype=torch.float64)
-        full[present[group.name]] = group_scores(group, scores, relative)
+        full[present[group.name]] = group_scores(group, scores, relative, parts)
         by_group[group.name] = full.masked_fill(~kept[group.name], float("-inf"))
     return by_group
 

@@ -14,14 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_compress.pruning.scopes import Masks, Scope, Units, by_output, globally
+from lightning_compress.parts import Part
+from lightning_compress.pruning.scopes import Masks, Units, by_output, globally
 from lightning_compress.pruning.targets import Target
 from lightning_compress.pruning.threshold import keep_masks
+from lightning_compress.pruning.tiles import blocked, whole_but
 
 __all__ = ["NM", "Blocks", "Columns", "Heads", "Kernels", "Layers", "MaskPattern", "Rows", "Unstructured"]
 
 MaskPattern = Callable[[Sequence[Target], float, float], Masks]
-Extents = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,24 @@ class Unstructured:
 
     def __call__(self, targets: Sequence[Target], sparsity: float, progress: float) -> Masks:
         """Return the masks."""
-        units = [Units(t.scores, t.weight.numel(), 1, t.weight.shape, t.piecewise, t.output_axis) for t in targets]
+        units = [Units(t.scores, t.shape.numel(), 1, t.shape, t.piecewise, t.output_axis, t.part) for t in targets]
         masks: Masks = self.scope(units, sparsity)
         return masks
+
+
+@dataclass(frozen=True)
+class _Rest:
+    """The weights of a piece that are not the best of their group."""
+
+    part: Part
+    rest: Tensor
+
+    @property
+    def counted(self) -> bool:
+        return self.part.counted
+
+    def positions(self, indices: Tensor) -> Tensor:
+        return self.part.positions(self.rest.flatten().nonzero().flatten().to(indices.device)[indices])
 
 
 @dataclass(frozen=True)
@@ -73,13 +89,14 @@ class NM:
 
     def __call__(self, targets: Sequence[Target], sparsity: float, progress: float) -> Masks:
         """Return the masks."""
-        total = sum(target.weight.numel() for target in targets)
+        total = sum(target.shape.numel() for target in targets)
         last = total // self.of * (self.of - self.keep)
         count = min(round(sparsity * total), last)
         if count == last:
             return (self._best(target) for target in targets), float("nan")
         rest = [lambda target=target: target.scores()[~self._best(target)] for target in targets]
-        masks, threshold = keep_masks(rest, count)
+        pieces = [_Rest(target.part, ~self._best(target)) for target in targets if target.part is not None]
+        masks, threshold = keep_masks(rest, count, pieces or None)
         return self._with_best(targets, masks), threshold.value
 
     def _with_best(self, targets: Sequence[Target], rest: Iterator[Tensor]) -> Iterator[Tensor]:
@@ -88,43 +105,16 @@ class NM:
             yield best.masked_scatter(~best, kept.to(best.device))
 
     def _best(self, target: Target) -> Tensor:
-        grouped = target.scores().movedim(target.input_axis, -1)
-        order = grouped.reshape(*grouped.shape[:-1], -1, self.of).sort(dim=-1, descending=True, stable=True).indices
+        if target.part is not None and not target.part.divides(target.input_axis, self.of):
+            return target.cut(self._best_of(target.whole(target.scores()), target.input_axis))
+        return self._best_of(target.scores(), target.input_axis)
+
+    def _best_of(self, scores: Tensor, axis: int) -> Tensor:
+        grouped = scores.movedim(axis, -1)
+        groups = grouped.reshape(*grouped.shape[:-1], grouped.shape[-1] // self.of, self.of)
+        order = groups.sort(dim=-1, descending=True, stable=True).indices
         best = torch.zeros_like(order, dtype=torch.bool).scatter_(-1, order[..., : self.keep], True)
-        return best.flatten(-2).movedim(-1, target.input_axis).contiguous()
-
-
-def _blocked(
-    targets: Sequence[Target], sparsity: float, scope: Scope, shapes: Sequence[tuple[Extents, Extents]]
-) -> Masks:
-    """Prune blocks that tile each weight, seen in a shape, by the mean of their scores."""
-    units = []
-    for target, (view, extents) in zip(targets, shapes, strict=True):
-        tiles = [item for size, extent in zip(view, extents, strict=True) for item in (size // extent, extent)]
-        inner = tuple(range(1, len(tiles), 2))
-
-        def scores(target: Target = target, tiles: list[int] = tiles, inner: tuple[int, ...] = inner) -> Tensor:
-            return (
-                target.scores()
-                .reshape(tiles)
-                .mean(dim=inner, dtype=None if target.weight.dtype == torch.float64 else torch.float32)
-            )
-
-        size = prod(extents)
-        axis = target.output_axis if len(view) == target.weight.dim() else 0
-        units.append(Units(scores, target.weight.numel() // size, size, target.weight.shape, axis=axis))
-    masks, threshold = scope(units, sparsity)
-    return _spread(targets, masks, shapes), threshold
-
-
-def _spread(
-    targets: Sequence[Target], masks: Iterator[Tensor], shapes: Sequence[tuple[Extents, Extents]]
-) -> Iterator[Tensor]:
-    for target, mask, (_, extents) in zip(targets, masks, shapes, strict=True):
-        whole = mask.to(target.weight.device)
-        for dimension, extent in enumerate(extents):
-            whole = whole.repeat_interleave(extent, dim=dimension) if extent > 1 else whole
-        yield whole.reshape(target.weight.shape)
+        return best.flatten(-2).movedim(-1, axis).contiguous()
 
 
 @dataclass(frozen=True)
@@ -141,7 +131,7 @@ class Blocks:
     def check(self, targets: Sequence[Target], sparsity: float) -> None:
         """Raise unless the blocks tile each weight. Runs at `setup`."""
         for target in targets:
-            sizes = (target.weight.shape[0], target.weight[0].numel())
+            sizes = (target.shape[0], target.shape[1:].numel())
             for size, extent, what in zip(sizes, (self.rows, self.columns), ("rows", "columns"), strict=True):
                 if extent < 1 or size % extent:
                     raise ValueError(
@@ -151,17 +141,12 @@ class Blocks:
 
     def __call__(self, targets: Sequence[Target], sparsity: float, progress: float) -> Masks:
         """Return the masks."""
-        views = [(t.weight.shape[0], t.weight[0].numel()) for t in targets]
-        return _blocked(targets, sparsity, self.scope, [(view, (self.rows, self.columns)) for view in views])
-
-
-def _whole_but(target: Target, axes: tuple[int, ...]) -> tuple[Extents, Extents]:
-    shape = tuple(target.weight.shape)
-    return shape, tuple(1 if axis in axes else size for axis, size in enumerate(shape))
+        views = [(t.shape[0], t.shape[1:].numel()) for t in targets]
+        return blocked(targets, sparsity, self.scope, [(view, (self.rows, self.columns)) for view in views])
 
 
 def _check_some_fit(targets: Sequence[Target], sparsity: float, sizes: Sequence[int], pattern: object) -> None:
-    total = sum(target.weight.numel() for target in targets)
+    total = sum(target.shape.numel() for target in targets)
     if 0 < round(sparsity * total) < min(sizes):
         raise ValueError(
             f"sparsity {sparsity:g} of {total} weights is less than the smallest unit of {type(pattern).__name__}, "
@@ -189,11 +174,11 @@ class Rows:
     def check(self, targets: Sequence[Target], sparsity: float) -> None:
         """Raise if no unit is small enough for the sparsity. Runs at `setup`."""
         _check_compares(self)
-        _check_some_fit(targets, sparsity, [prod(_whole_but(t, (t.output_axis,))[1]) for t in targets], self)
+        _check_some_fit(targets, sparsity, [prod(whole_but(t, (t.output_axis,))[1]) for t in targets], self)
 
     def __call__(self, targets: Sequence[Target], sparsity: float, progress: float) -> Masks:
         """Return the masks."""
-        return _blocked(targets, sparsity, self.scope, [_whole_but(t, (t.output_axis,)) for t in targets])
+        return blocked(targets, sparsity, self.scope, [whole_but(t, (t.output_axis,)) for t in targets])
 
 
 @dataclass(frozen=True)
@@ -207,11 +192,11 @@ class Columns:
 
     def check(self, targets: Sequence[Target], sparsity: float) -> None:
         """Raise if no unit is small enough for the sparsity. Runs at `setup`."""
-        _check_some_fit(targets, sparsity, [prod(_whole_but(t, (t.input_axis,))[1]) for t in targets], self)
+        _check_some_fit(targets, sparsity, [prod(whole_but(t, (t.input_axis,))[1]) for t in targets], self)
 
     def __call__(self, targets: Sequence[Target], sparsity: float, progress: float) -> Masks:
         """Return the masks."""
-        return _blocked(targets, sparsity, self.scope, [_whole_but(t, (t.input_axis,)) for t in targets])
+        return blocked(targets, sparsity, self.scope, [whole_but(t, (t.input_axis,)) for t in targets])
 
 
 @dataclass(frozen=True)
@@ -225,7 +210,7 @@ class Kernels:
 
     def __call__(self, targets: Sequence[Target], sparsity: float, progress: float) -> Masks:
         """Return the masks."""
-        return _blocked(targets, sparsity, self.scope, [_whole_but(t, (0, 1)) for t in targets])
+        return blocked(targets, sparsity, self.scope, [whole_but(t, (0, 1)) for t in targets])
 
 
 @dataclass(frozen=True)
@@ -242,22 +227,22 @@ class Heads:
         """Raise unless the heads divide each weight's outputs. Runs at `setup`."""
         _check_compares(self)
         for target in targets:
-            outputs = target.weight.shape[target.output_axis]
+            outputs = target.shape[target.output_axis]
             if self.count < 1 or outputs % self.count:
                 raise ValueError(
                     f"Heads({self.count}) does not divide the {outputs} outputs of '{target.name}'; name the "
                     f"attention projections with include=[...]"
                 )
-        _check_some_fit(targets, sparsity, [t.weight.numel() // self.count for t in targets], self)
+        _check_some_fit(targets, sparsity, [t.shape.numel() // self.count for t in targets], self)
 
     def __call__(self, targets: Sequence[Target], sparsity: float, progress: float) -> Masks:
         """Return the masks."""
         shapes = []
         for target in targets:
-            shape = tuple(target.weight.shape)
+            shape = tuple(target.shape)
             extents = (size // self.count if a == target.output_axis else size for a, size in enumerate(shape))
             shapes.append((shape, tuple(extents)))
-        return _blocked(targets, sparsity, self.scope, shapes)
+        return blocked(targets, sparsity, self.scope, shapes)
 
 
 @dataclass(frozen=True)
@@ -269,8 +254,8 @@ class Layers:
 
     def check(self, targets: Sequence[Target], sparsity: float) -> None:
         """Raise if no unit is small enough for the sparsity. Runs at `setup`."""
-        _check_some_fit(targets, sparsity, [prod(_whole_but(t, ())[1]) for t in targets], self)
+        _check_some_fit(targets, sparsity, [prod(whole_but(t, ())[1]) for t in targets], self)
 
     def __call__(self, targets: Sequence[Target], sparsity: float, progress: float) -> Masks:
         """Return the masks."""
-        return _blocked(targets, sparsity, globally, [_whole_but(t, ()) for t in targets])
+        return blocked(targets, sparsity, globally, [whole_but(t, ()) for t in targets])

@@ -51,15 +51,17 @@ def _updated(targets: Sequence[Target], growth: Criterion, fraction: float) -> I
     for target in targets:
         if target.mask is None:
             raise ValueError(f"'{target.name}' has no mask yet; the first update makes one by the scope")
-        count = int(fraction * int(target.mask.sum()))
-        yield regrow(target.evaluate(magnitude), target.evaluate(growth), target.mask, count) if count else target.mask
+        mask = target.whole(target.mask)
+        count = int(fraction * int(mask.sum()))
+        scores, wanted = (target.whole(target.evaluate(criterion)) for criterion in (magnitude, growth))
+        yield target.cut(regrow(scores, wanted, mask, count)) if count else target.mask
 
 
 def _dynamic(
     targets: Sequence[Target], sparsity: float, progress: float, scope: Any, growth: Criterion, fraction: float
 ) -> Masks:
     if any(target.mask is None for target in targets):
-        units = [Units(t.scores, t.weight.numel(), 1, t.weight.shape, t.piecewise) for t in targets]
+        units = [Units(t.scores, t.shape.numel(), 1, t.shape, t.piecewise, part=t.part) for t in targets]
         masks: Masks = scope(units, sparsity)
         return masks
     now = fraction / 2 * (1 + math.cos(math.pi * min(1.0, progress)))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate, pairwise
 from math import prod
 
 import torch
 from torch import Tensor
 
-from lightning_compress.pruning.threshold import Piecewise, keep_masks
+from lightning_compress.parts import Part
+from lightning_compress.pruning.threshold import Piecewise, Scored, keep_masks
+from lightning_compress.sharding import cut, whole
 
 __all__ = ["Masks", "Scope", "Units", "by_output", "erk", "erk_densities", "globally", "lamp", "uniform"]
 
@@ -23,11 +26,12 @@ class Units:
 
     Args:
         scores: gives one score a unit, in any shape; called once in each pass.
-        count: number of units.
+        count: number of units, on all processes together.
         size: weights in each.
         shape: of the whole weight.
         lazy: the same scores, where they can be computed a piece at a time.
         axis: dimension of the scores that counts outputs.
+        part: which piece of the units this process has; None where it has all.
     """
 
     scores: Callable[[], Tensor]
@@ -36,6 +40,11 @@ class Units:
     shape: torch.Size
     lazy: Piecewise | None = None
     axis: int = 0
+    part: Part | None = None
+
+    def whole(self) -> Tensor:
+        """Return the scores of all processes; every process calls it."""
+        return whole(self.scores(), self.part)
 
 
 Scope = Callable[[Sequence[Units], float], Masks]
@@ -43,6 +52,13 @@ Scope = Callable[[Sequence[Units], float], Masks]
 
 def _weights(layers: Sequence[Units]) -> int:
     return sum(units.count * units.size for units in layers)
+
+
+def _thresholded(layers: Sequence[Units], count: int) -> Masks:
+    scores: list[Scored] = [units.lazy or units.scores for units in layers]
+    parts = [units.part for units in layers if units.part is not None]
+    masks, threshold = keep_masks(scores, count, parts or None)
+    return masks, threshold.value
 
 
 def globally(layers: Sequence[Units], sparsity: float) -> Masks:
@@ -57,16 +73,21 @@ def globally(layers: Sequence[Units], sparsity: float) -> Masks:
     """
     if len({units.size for units in layers}) == 1:
         count = sum(units.count for units in layers)
-        masks, threshold = keep_masks([units.lazy or units.scores for units in layers], round(sparsity * count))
-        return masks, threshold.value
-    scores = [units.scores().flatten().float() for units in layers]
+        return _thresholded(layers, round(sparsity * count))
+    # Units that go as a whole are few enough to be compared in one place.
+    shapes, scores = [], []
+    for units in layers:
+        found = units.whole()
+        shapes.append(found.shape)
+        scores.append(found.flatten().float())
     sizes = torch.cat([torch.full((units.count,), units.size) for units in layers])
     order = torch.sort(torch.cat(scores), stable=True).indices.cpu()
     keep = torch.ones(len(sizes), dtype=torch.bool)
     keep[order[_fitting(sizes[order], round(sparsity * _weights(layers)))]] = False
     threshold_value = float(torch.cat(scores)[~keep.to(scores[0].device)].max()) if not bool(keep.all()) else 0.0
     kept = torch.split(keep, [units.count for units in layers])
-    return (mask.view(units.scores().shape) for mask, units in zip(kept, layers, strict=True)), threshold_value
+    masks = (cut(mask.view(shape), units.part) for mask, shape, units in zip(kept, shapes, layers, strict=True))
+    return masks, threshold_value
 
 
 def _fitting(sizes: Tensor, budget: int) -> Tensor:
@@ -83,8 +104,8 @@ def _fitting(sizes: Tensor, budget: int) -> Tensor:
 
 
 def _locally(layers: Sequence[Units], dropped: Sequence[int]) -> Masks:
-    decided = [keep_masks([units.lazy or units.scores], count) for units, count in zip(layers, dropped, strict=True)]
-    return (next(masks) for masks, _ in decided), max(threshold.value for _, threshold in decided)
+    decided = [_thresholded([units], count) for units, count in zip(layers, dropped, strict=True)]
+    return (next(masks) for masks, _ in decided), max(threshold for _, threshold in decided)
 
 
 def uniform(layers: Sequence[Units], sparsity: float) -> Masks:
@@ -109,7 +130,10 @@ def by_output(layers: Sequence[Units], sparsity: float) -> Masks:
             [False,  True]])
     """
     starts = accumulate((units.count for units in layers), initial=0)
-    decided = (_rows(units.scores(), units.axis, start, sparsity) for units, start in zip(layers, starts, strict=False))
+    decided = (
+        cut(_rows(units.whole(), units.axis, start, sparsity), units.part)
+        for units, start in zip(layers, starts, strict=False)
+    )
     return decided, float("nan")
 
 
@@ -168,13 +192,13 @@ def erk(layers: Sequence[Units], sparsity: float) -> Masks:
 
 
 def _lamp_scores(units: Units) -> Tensor:
-    scores = units.scores()
+    scores = units.whole()
     ordered, order = scores.flatten().double().sort(stable=True)
     squares = ordered.clamp_min(0.0).square()
     # The sum over this weight and all larger ones of its layer.
     remaining = squares.flip(0).cumsum(0).flip(0).clamp_min(1e-300)
     ranked = torch.where(ordered > 0.0, squares / remaining, ordered)
-    return torch.empty_like(ordered).index_copy_(0, order, ranked).float().view(scores.shape)
+    return cut(torch.empty_like(ordered).index_copy_(0, order, ranked).float().view(scores.shape), units.part)
 
 
 def lamp(layers: Sequence[Units], sparsity: float) -> Masks:
@@ -189,5 +213,4 @@ def lamp(layers: Sequence[Units], sparsity: float) -> Masks:
     >>> [mask.tolist() for mask in lamp([layer, small], 0.5)[0]]
     [[False, True], [False, True]]
     """
-    scored = [Units(lambda units=units: _lamp_scores(units), units.count, units.size, units.shape) for units in layers]  # type: ignore[misc]
-    return globally(scored, sparsity)
+    return globally([replace(units, scores=partial(_lamp_scores, units), lazy=None) for units in layers], sparsity)

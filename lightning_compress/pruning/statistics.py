@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_compress.errors import CompressError
+from lightning_compress.parts import Part
 from lightning_compress.pruning.targets import TRANSPOSED
-from lightning_compress.sharding import all_reduce_sum, process_rank
+from lightning_compress.sharding import all_reduce_sum, cut, process_rank, whole
 
 __all__ = ["ACTIVATIONS", "GRADIENTS", "Statistics"]
 
@@ -75,12 +76,22 @@ class Statistics:
         self.steps: dict[str, int] = {}
         self.layers: dict[str, nn.Module] = {}
 
-    def check(self, module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    def check(self, module: nn.Module, weights: Mapping[str, Tensor], together: bool = False) -> None:
         """Raise if activations are asked for of a layer that is used without being called. Runs at `setup`.
 
+        Args:
+            module: that holds the weights.
+            weights: by clean name.
+            together: whether several processes compute a layer together, each with a part of its channels.
+
         Raises:
-            CompressError: the output projection of an `nn.MultiheadAttention`.
+            CompressError: the output projection of an `nn.MultiheadAttention`, or any layer that is computed together.
         """
+        if self.activations and together:
+            raise CompressError(
+                f"the criterion asks for {', '.join(sorted(self.activations))}, of which a process sees a part under "
+                f"tensor parallelism; take a criterion of weights or gradients, or tensor_parallel_size=1"
+            )
         attentions = (child for child in module.modules() if isinstance(child, nn.MultiheadAttention))
         uncalled = {id(attention.out_proj.weight) for attention in attentions}
         names = [name.removesuffix(".weight") for name, weight in weights.items() if id(weight) in uncalled]
@@ -186,20 +197,29 @@ class Statistics:
 
     # Checkpoints
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the sums as tensors and primitives, those of all processes together: every process calls it."""
+    def state_dict(self, parts: Mapping[str, Part]) -> dict[str, Any]:
+        """Return the sums as tensors and primitives, those of all processes together: every process calls it.
+
+        Args:
+            parts: what this process holds of each weight; without one it is the whole.
+        """
         activity: dict[str, dict[str, Tensor]] = {}
         for name, layer in self.layers.items() if self.activations else ():
             sums = layer.__dict__[STATE].sums
             activity[name] = {what: all_reduce_sum(sums[what].clone()) for what in sorted(sums)}
-        gradients = {kind: {name: total.clone() for name, total in sums.items()} for kind, sums in self.sums.items()}
+        gradients = {
+            kind: {name: whole(total, parts.get(name)).to("cpu", copy=True) for name, total in sums.items()}
+            for kind, sums in self.sums.items()
+        }
         return {"gradients": gradients, "steps": dict(self.steps), "activity": activity}
 
-    def load_state_dict(self, state: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
+    def load_state_dict(
+        self, state: Mapping[str, Any], weights: Mapping[str, Tensor], parts: Mapping[str, Part]
+    ) -> None:
         """Take over saved sums, onto the weights' devices. Runs at `on_train_start`."""
         self.steps = {name: int(count) for name, count in state["steps"].items()}
         for kind, sums in state["gradients"].items():
-            self.sums[kind] = {name: total.to(weights[name].device) for name, total in sums.items()}
+            self.sums[kind] = {n: cut(total, parts.get(n)).to(weights[n].device) for n, total in sums.items()}
         for name, sums in state["activity"].items():
             # They were saved as the sum over processes: one of them goes on with it.
             mine = {what: value.to(weights[name].device) * (process_rank() == 0) for what, value in sums.items()}

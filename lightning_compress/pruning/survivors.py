@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_compress.errors import CheckpointMismatch
+from lightning_compress.parts import Part
 from lightning_compress.pruning.channels import masks_of, remaining, unit_scores
 from lightning_compress.pruning.dependency import Group
 from lightning_compress.pruning.masks import pack_mask, unpack_mask
@@ -42,9 +43,17 @@ class Survivors:
         """Return which of the present units are kept."""
         return {name: self.kept[name][units] for name, units in self.present.items()}
 
-    def scores(self, by_weight: Mapping[str, Tensor], relative: bool) -> dict[str, Tensor]:
-        """Return a score for each unit ever; -inf for those that have gone."""
-        return unit_scores(self.groups, self.present, self.kept, by_weight, relative)
+    def scores(
+        self, by_weight: Mapping[str, Tensor], relative: bool, parts: Mapping[str, Part] | None = None
+    ) -> dict[str, Tensor]:
+        """Return a score for each unit ever; -inf for those that have gone.
+
+        Args:
+            by_weight: scores of each weight, or of this process's piece of it.
+            relative: to the mean of each weight.
+            parts: which piece that is; then every process calls this.
+        """
+        return unit_scores(self.groups, self.present, self.kept, by_weight, relative, parts)
 
     def masks(self, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
         """Return a mask for each tensor of these shapes."""

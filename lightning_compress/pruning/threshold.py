@@ -10,17 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from lightning_compress.errors import CompressError
+from lightning_compress.pruning.counting import BINS, DIGIT, kth_place, summed
+from lightning_compress.sharding import all_reduce_sum
 
-__all__ = ["Piecewise", "Scored", "Threshold", "keep_masks", "kth_smallest"]
+__all__ = ["Piece", "Piecewise", "Scored", "Threshold", "keep_masks", "kth_smallest"]
 
 CHUNK = 1 << 18
-DIGIT = 16
-BINS = 1 << DIGIT
 # The integer of the same width, and how many digits it has.
 LAYOUT: dict[torch.dtype, tuple[torch.dtype, int]] = {
     torch.float32: (torch.int32, 2),
@@ -41,6 +42,22 @@ class Piecewise:
 Scored = Tensor | Piecewise | Callable[[], Tensor]
 
 
+class Piece(Protocol):
+    """How scores of this process are part of a whole; `sharding.Part` is one."""
+
+    @property
+    def counted(self) -> bool:
+        """Say whether they count: of replicas, one does."""
+        ...
+
+    def positions(self, indices: Tensor) -> Tensor:
+        """Return the places in the flattened whole of places in the flattened piece."""
+        ...
+
+
+Pieces = Sequence[Piece]
+
+
 @dataclass(frozen=True)
 class Threshold:
     """The k-th smallest score: its value, its place in the order of bits, and the scores equal to it.
@@ -56,10 +73,6 @@ class Threshold:
     key: int
     ties: int
     equal: int
-
-
-def _identity(counts: Tensor) -> Tensor:
-    return counts
 
 
 def _keys(chunk: Tensor) -> Tensor:
@@ -98,7 +111,9 @@ def _starting_with(prefix: int, keys: Tensor, shift: int) -> Tensor:
     return near[(near >> shift) == prefix]
 
 
-def _histogram(scores: Sequence[Scored], dtype: torch.dtype, prefix: int | None, shift: int) -> Tensor:
+def _histogram(
+    scores: Sequence[Scored], counted: Sequence[bool], dtype: torch.dtype, prefix: int | None, shift: int
+) -> Tensor:
     """Count the digit at `shift` among the keys whose higher digits are `prefix` (None: all)."""
     counts: Tensor | None = None
     middle = BINS // 2  # first digits have a sign
@@ -109,7 +124,7 @@ def _histogram(scores: Sequence[Scored], dtype: torch.dtype, prefix: int | None,
                     f"expected scores of one dtype among float64, float32, bfloat16, float16, "
                     f"got {dtype} and {chunk.dtype}"
                 )
-            if not chunk.numel():
+            if not chunk.numel() or not counted[index]:  # asked for all the same: to score may be a collective
                 continue
             if counts is None:
                 counts = torch.zeros(BINS, dtype=torch.int64, device=chunk.device)
@@ -124,6 +139,10 @@ def _histogram(scores: Sequence[Scored], dtype: torch.dtype, prefix: int | None,
     return torch.zeros(BINS, dtype=torch.int64) if counts is None else counts
 
 
+def _device(scores: Sequence[Scored]) -> torch.device:
+    return next((chunk.device for scored in scores for chunk in _chunks(scored)), torch.device("cpu"))
+
+
 def _dtype(scores: Sequence[Scored]) -> torch.dtype:
     dtype = next((chunk.dtype for scored in scores for chunk in _chunks(scored)), torch.float32)
     if dtype not in LAYOUT:
@@ -131,14 +150,14 @@ def _dtype(scores: Sequence[Scored]) -> torch.dtype:
     return dtype
 
 
-def kth_smallest(scores: Sequence[Scored], k: int, reduce: Callable[[Tensor], Tensor] = _identity) -> Threshold:
+def kth_smallest(scores: Sequence[Scored], k: int, pieces: Pieces | None = None) -> Threshold:
     """Return the k-th smallest score over all tensors, exactly. Runs at each mask update.
 
     Args:
         scores: float64, float32, bfloat16 or float16 tensors of one dtype and any shapes, or functions that
             return them, the same at each call; -0.0 counts as 0.0.
         k: 1-based rank over all tensors (and all processes).
-        reduce: sums an int64 histogram over processes; one call a pass.
+        pieces: of each tensor, if a process has only a part of it; then every process calls this.
 
     Raises:
         ValueError: k out of range, mixed or unsupported dtypes.
@@ -149,10 +168,13 @@ def kth_smallest(scores: Sequence[Scored], k: int, reduce: Callable[[Tensor], Te
     """
     dtype = _dtype(scores)
     integer, digits = LAYOUT[dtype]
+    counted = [True] * len(scores) if pieces is None else [piece.counted for piece in pieces]
     prefix: int | None = None
     rank, expected = k, -1
     for shift in range(DIGIT * (digits - 1), -1, -DIGIT):
-        counts = reduce(_histogram(scores, dtype, prefix, shift))
+        counts = _histogram(scores, counted, dtype, prefix, shift)
+        if pieces is not None:
+            counts = summed(counts.to(_device(scores)), expected)
         running = counts.cumsum(0)
         total = int(running[-1])
         if prefix is None and not 1 <= k <= total:
@@ -171,13 +193,11 @@ def kth_smallest(scores: Sequence[Scored], k: int, reduce: Callable[[Tensor], Te
     return Threshold(float(bits) if key >= 0 else -float(bits), key, rank, expected)
 
 
-def keep_masks(
-    scores: Sequence[Scored], k: int, reduce: Callable[[Tensor], Tensor] = _identity
-) -> tuple[Iterator[Tensor], Threshold]:
+def keep_masks(scores: Sequence[Scored], k: int, pieces: Pieces | None = None) -> tuple[Iterator[Tensor], Threshold]:
     """Return masks (True = keep), made one at a time, that drop exactly the k smallest scores; and the threshold.
 
-    Equal scores are dropped in order of tensor and position, so that the count is exact to one weight. With `reduce`,
-    ties at the threshold must belong to no or to all of the k smallest, or to this process alone.
+    Equal scores are dropped in order of tensor and position, so that the count is exact to one weight. `pieces` as in
+    `kth_smallest`: masks are then of this process's pieces.
 
     >>> masks, _ = keep_masks([torch.tensor([3.0, 1.0]), torch.tensor([1.0, 1.0])], k=2)
     >>> list(masks)
@@ -185,8 +205,52 @@ def keep_masks(
     """
     if k == 0:
         return (torch.ones(_shape(scored), dtype=torch.bool) for scored in scores), Threshold(0.0, 0, 0, 0)
-    threshold = kth_smallest(scores, k, reduce)
-    return _masks(scores, threshold, k if reduce is _identity else None), threshold
+    threshold = kth_smallest(scores, k, pieces)
+    if pieces is None:
+        return _masks(scores, threshold, k), threshold
+    return _pieces_of_masks(scores, threshold, pieces, _cut_among_ties(scores, threshold, pieces)), threshold
+
+
+# Ties over processes
+
+
+def _ties(scored: Scored, key: int) -> Tensor:
+    """Return the places of scores equal to the threshold, in the flattened piece."""
+    found, begin = [], 0
+    for chunk in _chunks(scored):
+        if chunk.numel():
+            found.append((_keys(chunk) == key).nonzero().flatten() + begin)
+        begin += chunk.numel()
+    return torch.cat(found) if found else torch.zeros(0, dtype=torch.int64)
+
+
+def _cut_among_ties(scores: Sequence[Scored], threshold: Threshold, pieces: Pieces) -> tuple[int, int]:
+    """Return up to which tensor, and in it up to which place, ties are dropped; every process calls it."""
+    if threshold.ties == threshold.equal:
+        return len(scores), -1
+    device = _device(scores)
+    of_each = [len(_ties(s, threshold.key)) * p.counted for s, p in zip(scores, pieces, strict=True)]
+    running = all_reduce_sum(torch.tensor(of_each, device=device)).cumsum(0)
+    tensor = int(torch.searchsorted(running, threshold.ties))
+    left = threshold.ties - (int(running[tensor - 1]) if tensor else 0)
+    ties, piece = _ties(scores[tensor], threshold.key).to(device), pieces[tensor]
+    places = piece.positions(ties) if piece.counted else ties[:0]
+    return tensor, kth_place(places, left)
+
+
+def _pieces_of_masks(
+    scores: Sequence[Scored], threshold: Threshold, pieces: Pieces, cut: tuple[int, int]
+) -> Iterator[Tensor]:
+    for index, (scored, piece) in enumerate(zip(scores, pieces, strict=True)):
+        mask = next(_masks([scored], Threshold(threshold.value, threshold.key, 1, 1), None))
+        if index >= cut[0]:  # otherwise all ties of this tensor go, as `_masks` drops them
+            ties = _ties(scored, threshold.key).to(mask.device)
+            stays = piece.positions(ties) > cut[1] if index == cut[0] else torch.ones_like(ties, dtype=torch.bool)
+            mask.view(-1)[ties[stays]] = True
+        yield mask
+
+
+# One process
 
 
 def _shape(scored: Scored) -> torch.Size:

@@ -29,7 +29,7 @@ from lightning_compress.quantization.projections import Projection, projections_
 from lightning_compress.quantization.scales import input_grid
 from lightning_compress.quantization.weights import Symmetric, WeightGrid, output_first
 from lightning_compress.shadowing import remember, restore
-from lightning_compress.sharding import clean_name
+from lightning_compress.sharding import clean_name, is_distributed, local, on_piece
 
 __all__ = ["ON_REQUEST", "QUANTIZABLE", "FakeQuant", "Phase", "attach", "detach", "fake_quantized"]
 
@@ -120,6 +120,7 @@ class FakeQuant:
 
     def note(self, value: Any) -> None:
         """Take in the extremes of an input; of one that stays in floating point only that the layer was called."""
+        value = local(value) if isinstance(value, Tensor) else value
         seen = torch.zeros_like(self.extremes) if self.inputs is None else widen(None, value)
         if self.counts is not None:
             self.counts += count_values(value)
@@ -146,7 +147,8 @@ class FakeQuant:
         rows = self.arranged(weight)
         if self.keys is not None and self.noise.weights:
             return self.arranged(grid.values_at_random(rows, uniform_noise(rows, self.keys[0])))
-        if self.compiled and grid.group == "channel" and not torch.compiler.is_compiling():
+        plain = not torch.compiler.is_compiling() and not is_distributed(weight)
+        if self.compiled and grid.group == "channel" and plain:
             return self.arranged(fake.compiled_functions()[0](rows, grid.bits))
         return self.arranged(grid.values(rows))
 
@@ -156,6 +158,8 @@ class FakeQuant:
 
     def rounded_input(self, value: Tensor, learns: bool = False) -> Tensor:
         """Return the fake-quantized input."""
+        if is_distributed(value):
+            return on_piece(lambda piece: self.rounded_input(piece, learns), value)
         if value.is_nested:  # nn.TransformerEncoder packs padded batches so in evaluation
             return torch.nested.as_nested_tensor([self.rounded_input(row, learns) for row in value.unbind()])
         low, high, grid = -self.extremes[0], self.extremes[1], self.inputs

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from lightning_compress.quantization.attach import (
@@ -13,7 +12,6 @@ from lightning_compress.quantization.attach import (
     ON_REQUEST,
     QUANTIZABLE,
     WEIGHTS,
-    channels_first,
     check_weight,
 )
 from lightning_compress.quantization.inputs import Affine, InputGrid
@@ -21,7 +19,7 @@ from lightning_compress.quantization.projections import projections_in
 from lightning_compress.quantization.weights import Symmetric, WeightGrid
 from lightning_compress.select import Pattern, matching_layers, select_layers
 
-__all__ = ["Grids", "Override", "Recipe", "check_grids", "grids_of", "override_of", "select_quantizable"]
+__all__ = ["Grids", "Override", "Recipe", "grids_of", "override_of", "select_quantizable"]
 
 Override = tuple[int | WeightGrid, int | InputGrid | None] | int
 
@@ -126,17 +124,3 @@ def select_quantizable(
             check_weight(name, layer)
             layers[name] = projections.get(name, layer)
     return layers
-
-
-def check_grids(name: str, layer: nn.Module, grids: Grids) -> bool:
-    """Return whether training moves anything of these grids besides the weight. Runs at `setup`.
-
-    Raises:
-        ValueError: a grid cannot round the layer's weight, such as a group that does not divide it; with the name.
-    """
-    low, high = torch.tensor(0.0), torch.tensor(1.0)  # no range is known yet: one that all input grids take
-    try:
-        learned = grids.weights.learned(channels_first(layer, layer.get_parameter("weight").detach()))
-    except ValueError as error:
-        raise ValueError(f"'{name}' cannot be rounded: {error}; or give it another grid in per_layer") from error
-    return bool(learned or (grids.inputs and grids.inputs.learned(low, high)))

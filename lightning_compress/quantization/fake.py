@@ -9,6 +9,7 @@ import functools
 import importlib.util
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,13 @@ from torch.nn import functional
 
 from lightning_compress.quantization.scales import weight_scale
 
-__all__ = ["compiled_functions", "compiler_available", "fake_quantize_input", "fake_quantize_weight"]
+__all__ = [
+    "compiled_functions",
+    "compiler_available",
+    "fake_quantize_input",
+    "fake_quantize_weight",
+    "forget_compiled_code",
+]
 
 Kernel = Callable[..., Tensor]
 
@@ -182,3 +189,9 @@ def compiled_functions() -> tuple[Kernel, Kernel]:
         return _rounded(value, (scale, zero_point, bits), flat(rounding), flat(gate))
 
     return weights, inputs
+
+
+def forget_compiled_code() -> None:
+    """Drop compiled graphs: Dynamo does not guard on hooks, so old code would run without (or with) ours."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()

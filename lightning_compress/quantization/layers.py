@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 
 from lightning_compress.errors import CheckpointMismatch, NothingToCompress
 from lightning_compress.quantization import doubts
-from lightning_compress.quantization.attach import FakeQuant, Phase, attach, channels_first, detach
-from lightning_compress.quantization.choosing import Grids, Recipe, check_grids
+from lightning_compress.quantization.attach import FakeQuant, Phase, attach, detach
+from lightning_compress.quantization.choosing import Grids, Recipe
 from lightning_compress.quantization.details import Details
 from lightning_compress.quantization.fake import compiler_available
 from lightning_compress.quantization.gathered import Gathered
@@ -23,21 +23,18 @@ from lightning_compress.quantization.lowbit import Binary
 from lightning_compress.quantization.noise import noise_keys
 from lightning_compress.quantization.observers import fold_extremes
 from lightning_compress.quantization.outputs import OutputFakeQuant
+from lightning_compress.quantization.whole_weights import WholeWeights
 
 __all__ = ["QuantizedLayers"]
 
 
 class QuantizedLayers:
-    """The layers that a recipe rounds, by clean name. Ranges and learned values outlive the attachment.
-
-    Args:
-        recipe: the grids.
-        details: learning rate of grids, the rule that makes ranges, noise.
-    """
+    """The layers that a recipe rounds, by clean name. Ranges and learned values outlive the attachment."""
 
     def __init__(self, recipe: Recipe, details: Details) -> None:
         self.recipe, self.noise = recipe, details.noise
         self.layers: dict[str, nn.Module] = {}
+        self.by_channel: list[str] = []  # their weights' grids learn more than a number, as a step a channel
         self.learned, self.gathered = LearnedValues(details.learning_rate), Gathered(details.observer)
         self.clear()
 
@@ -54,16 +51,28 @@ class QuantizedLayers:
 
     # Attaching
 
-    def choose(self, module: nn.Module, layers: Mapping[str, nn.Module]) -> Grids | None:
+    def choose(self, module: nn.Module, layers: Mapping[str, nn.Module], root: nn.Module) -> Grids | None:
         """Take these layers of a module; return the grids of the first that learns something. Runs at `setup`.
 
         Raises:
             ValueError: a pattern of the recipe matches none of them, or a grid cannot round one.
         """
         self.layers, self.choices = dict(layers), self.recipe.choices(module, layers)
+        self.by_channel = []
         self.noise.check({name: self.grids(name) for name in layers})
-        learning = [self.grids(name) for name in layers if check_grids(name, layers[name], self.grids(name))]
+        self.whole = WholeWeights(self.layers, root)
+        learning = [self.grids(name) for name in layers if self._learns(name)]
         return learning[0] if learning else None
+
+    def _learns(self, name: str) -> bool:
+        grids, low, high = self.grids(name), torch.tensor(0.0), torch.tensor(1.0)  # a range that all input grids take
+        try:
+            start = self.whole.start(name, grids)
+        except ValueError as error:
+            raise ValueError(f"'{name}' cannot be rounded: {error}; or give it another grid in per_layer") from error
+        if any(value.dim() > 0 for value in start.values()):
+            self.by_channel.append(name)
+        return bool(start or (grids.inputs and grids.inputs.learned(low, high)))
 
     def grids(self, name: str) -> Grids:
         """Return the grids of one layer."""
@@ -74,17 +83,16 @@ class QuantizedLayers:
         """The layers whose grid has no zero, so that pruned weights would come back."""
         return [name for name in self.layers if isinstance(self.grids(name).weights, Binary)]
 
-    @property
-    def by_channel(self) -> list[str]:
-        """The layers whose weights' grid learns more than single numbers, such as a step of each output channel."""
-        return [name for name, layer in self.layers.items() if _learns_by_channel(layer, self.grids(name))]
+    def attach(self, compiled: bool, keep: bool) -> None:
+        """Attach to every layer, switched off, with the ranges and learned values that are there already.
 
-    def attach(self, compiled: bool, keep_weight: bool) -> None:
-        """Attach to every layer, switched off, with the ranges and learned values that are there already."""
+        `keep` rounded weights for a step's next micro-batch, but where a sharded model would then be held whole.
+        """
+        keep = keep and not self.whole.parts
         for name, layer in self.layers.items():
             device, grids = next(layer.parameters()).device, self.grids(name)
             state = attach(layer, grids.weights, grids.inputs)
-            state.compiled, state.keep_weight = compiled and compiler_available(device), keep_weight
+            state.compiled, state.keep_weight = compiled and compiler_available(device), keep
             state.extremes = self.extremes.get(name, state.extremes).to(device, copy=True)
             self.gathered.start(name, state, counting=grids.inputs is not None)
             state.noise = self.noise
@@ -113,15 +121,14 @@ class QuantizedLayers:
             NothingToCompress: nothing can be rounded, because no layer was called while ranges were observed.
         """
         states = self.states
-        if phase >= Phase.ROUND and not any(state.observed for state in states.values()):
+        if phase >= Phase.ROUND:
             self._check_finite(states)
+        if phase >= Phase.ROUND and not any(state.observed for state in states.values()):
             raise NothingToCompress(
                 f"none of the {len(states)} selected layers was called in training while ranges were observed, "
                 f"so nothing can be rounded: {', '.join(states)}; select layers that the forward calls, "
                 f"and in a run resumed without ranges round only after step {step}"
             )
-        if phase >= Phase.ROUND:
-            self._check_finite(states)
         warnings = list(self._doubts(states, phase))
         self.gathered.settle(states if phase >= Phase.ROUND and not inputs_wait else {})
         self.set_phase(phase, inputs_wait)
@@ -131,9 +138,9 @@ class QuantizedLayers:
 
     def set_phase(self, phase: Phase, inputs_wait: bool = False) -> None:
         """Set the phase of every layer that has a range; grids that learn get their start values."""
-        without_range = Phase.OFF if phase == Phase.FROZEN else min(phase, Phase.OBSERVE)
+        other = Phase.OFF if phase == Phase.FROZEN else min(phase, Phase.OBSERVE)
         for name, state in self.states.items():
-            state.phase = phase if phase <= Phase.OBSERVE or state.observed else without_range
+            state.phase = phase if phase <= Phase.OBSERVE or state.observed else other
             state.inputs_wait = inputs_wait
             if state.phase >= Phase.ROUND:
                 self._begin_to_learn(name, state)
@@ -145,9 +152,8 @@ class QuantizedLayers:
 
     @torch.no_grad()
     def _begin_to_learn(self, name: str, state: FakeQuant) -> None:
-        weight = self.layers[name].get_parameter("weight")
         if not self.learned.of(name, "weight"):
-            self.learned.add(name, "weight", state.weights.learned(channels_first(self.layers[name], weight.detach())))
+            self.learned.add(name, "weight", self.whole.start(name, self.grids(name)))
         if state.inputs and not state.inputs_wait and not self.learned.of(name, "input"):
             self.learned.add(name, "input", _input_start(name, state.inputs, state.extremes))
         self._use_learned(name, state)
@@ -251,8 +257,8 @@ class QuantizedLayers:
     @property
     def bits(self) -> float:
         """Mean width of the selected weights' codes, each weight counted once."""
-        sizes = {name: layer.get_parameter("weight").numel() for name, layer in self.layers.items()}
-        return sum(self.grids(name).weights.bits * size for name, size in sizes.items()) / sum(sizes.values())
+        widths = [(self.grids(name).weights.bits, self.whole.size(name)) for name in self.layers]
+        return sum(bits * size for bits, size in widths) / sum(size for _, size in widths)
 
     def state_dict(self) -> dict[str, Any]:
         """Return ranges, choices and learned values, as plain containers of tensors."""
@@ -281,11 +287,6 @@ class QuantizedLayers:
                 f"the checkpoint has a range for '{unknown[0]}', which this model's selection does not contain; resume "
                 f"with the model and include/exclude that made it"
             )
-
-
-def _learns_by_channel(layer: nn.Module, grids: Grids) -> bool:
-    start = grids.weights.learned(channels_first(layer, layer.get_parameter("weight").detach()))
-    return any(value.dim() > 0 for value in start.values())
 
 
 def _called_twice(state: FakeQuant) -> bool:

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_compress.divergence import check_same
 from lightning_compress.sharding import all_reduce_sum, world_size
 
 __all__ = ["LearnedValues", "adam_step"]
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # as torch.optim.Adam
+COMPARED_EVERY = 100  # steps: whether all processes have learned the same
 
 
 class LearnedValues:
@@ -27,7 +29,7 @@ class LearnedValues:
     """
 
     def __init__(self, learning_rate: float) -> None:
-        self.learning_rate = learning_rate
+        self.learning_rate, self._steps = learning_rate, 0
         self.parameters: dict[str, dict[str, Tensor]] = {}
         self._moments: dict[str, dict[str, Tensor]] = {}  # (4, values) each: see `adam_step`; none once frozen
 
@@ -63,8 +65,13 @@ class LearnedValues:
         gradient and its moments stay as they are.
         """
         learning = [(layer, key) for layer in layers for key in self._moments.get(layer, ())]
+        self._steps += 1
         if learning and world_size() > 1:
             average_gradients([self.parameters[layer][key] for layer, key in learning])
+        if self._steps % COMPARED_EVERY == 0:
+            check_same(
+                {f"{layer}.{key}": self.parameters[layer][key] for layer, key in learning}, "learned value", self._steps
+            )
         moving = [(layer, key) for layer, key in learning if self.parameters[layer][key].grad is not None]
         if not moving:
             return

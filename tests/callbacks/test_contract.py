@@ -10,11 +10,19 @@ import lightning.pytorch as L
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+)
 from torch import nn
 
 from lightning_compress.callbacks.contract import (
     FORMAT,
+    SHARDING,
     check_state,
     check_strategy,
     described,
@@ -33,16 +41,47 @@ class Pruner(L.Callback):
     pass
 
 
-@pytest.mark.parametrize("strategy", [FSDPStrategy, ModelParallelStrategy])
-def test_sharded_strategies_are_refused_by_name(strategy):
+class Unknown(Strategy):
+    """A strategy of the user's own."""
+
+    def __init__(self):
+        pass
+
+
+Unknown.__abstractmethods__ = frozenset()
+
+
+class Deep(DeepSpeedStrategy):
+    """One of DDP's subclasses that shards nevertheless."""
+
+    def __init__(self):
+        pass
+
+
+@pytest.mark.parametrize("strategy", [FSDPStrategy, ModelParallelStrategy, Unknown, Deep])
+def test_strategies_that_a_callback_does_not_know_are_refused_by_name(strategy):
     trainer = SimpleNamespace(strategy=strategy())
-    with pytest.raises(UnsupportedStrategy, match=f"Pruner works on .*; {strategy.__name__} shards .*strategy='ddp'"):
+    known = "SingleDeviceStrategy, DDPStrategy"
+    with pytest.raises(
+        UnsupportedStrategy, match=f"Pruner works under {known}, not yet under {strategy.__name__}: .*'ddp'"
+    ):
         check_strategy(trainer, Pruner())
+
+
+@pytest.mark.parametrize("strategy", [Unknown, Deep])
+def test_what_shards_in_an_unknown_way_is_refused_by_callbacks_that_know_others(strategy):
+    with pytest.raises(UnsupportedStrategy, match="FSDPStrategy, ModelParallelStrategy, not yet under"):
+        check_strategy(SimpleNamespace(strategy=strategy()), Pruner(), SHARDING)
 
 
 @pytest.mark.parametrize("strategy", [DDPStrategy, partial(SingleDeviceStrategy, "cpu")])
 def test_whole_parameters_are_fine(strategy):
     check_strategy(SimpleNamespace(strategy=strategy()), Pruner())
+
+
+@pytest.mark.parametrize("strategy", [FSDPStrategy, ModelParallelStrategy])
+def test_parts_are_fine_for_callbacks_that_know_them(strategy):
+    check_strategy(SimpleNamespace(strategy=strategy()), Pruner(), SHARDING)
 
 
 def test_layers_may_come_late():

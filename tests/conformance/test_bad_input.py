@@ -12,7 +12,7 @@ import lightning.pytorch as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelPruning
-from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
@@ -325,7 +325,7 @@ def test_lightning_model_pruning_beside_ours(make: Any, tmp_path: Path) -> None:
         train(*(lambda module: (module, both(module)))(build(Small)), tmp_path)
 
 
-class Sharded(FSDPStrategy):
+class Sharded(DeepSpeedStrategy):
     """Claims to shard, without the accelerator that Lightning wants for it."""
 
     def __init__(self) -> None:
@@ -333,7 +333,7 @@ class Sharded(FSDPStrategy):
 
 
 @pytest.mark.parametrize("row", CHANGING, ids=lambda row: row.name)
-def test_a_strategy_that_shards_parameters(row: Row, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_strategy_that_shards_in_an_unknown_way(row: Row, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = build(Small)
     trainer = trainer_for(tmp_path, row.make(module))
     monkeypatch.setattr(type(trainer), "strategy", Sharded())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
 from functools import partial
 
@@ -226,30 +225,6 @@ def test_a_rank_outside_the_scores_is_named(k):
 def test_mixed_or_unsupported_dtypes_are_named(scores):
     with pytest.raises(ValueError, match="one dtype among float64, float32, bfloat16, float16, got"):
         kth_smallest(scores, 1)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_two_ranks_that_sum_their_histograms_find_the_threshold_of_all_scores(dtype):
-    scores = scores_like([(50,), (30,)], dtype, 5, coarse=False)
-    whole = kth_smallest(scores, 33)
-    barrier, found, table = threading.Barrier(2, timeout=30), {}, {}
-
-    def process(rank):
-        def reduce(counts):
-            table[rank] = counts
-            barrier.wait()
-            total = table[0] + table[1]
-            barrier.wait()
-            return total
-
-        found[rank] = kth_smallest([scores[rank]], 33, reduce)
-
-    threads = [threading.Thread(target=process, args=(rank,)) for rank in (0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert found == {0: whole, 1: whole}
 
 
 def test_no_tensor_of_the_size_of_all_scores_is_made():
