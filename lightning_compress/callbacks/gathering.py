@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_compress.callbacks.contract import is_tensor_parallel
 from lightning_compress.callbacks.masking import MaskKeeper
 from lightning_compress.pruning.statistics import Statistics
 from lightning_compress.pruning.targets import Criterion, Target
@@ -31,6 +32,7 @@ class Gathering:
     def start(self, trainer: L.Trainer, pl_module: L.LightningModule, layers: Mapping[str, nn.Module]) -> None:
         """Attach what is needed. Runs at `on_fit_start`."""
         self.stop()
+        self.statistics.check_seen_whole(is_tensor_parallel(trainer))
         self.statistics.attach(layers)
         by_hand = bool(self.statistics.gradients) and not pl_module.automatic_optimization
         for optimizer in trainer.optimizers if by_hand else ():

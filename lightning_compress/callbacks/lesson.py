@@ -21,6 +21,7 @@ from lightning_compress.distillation.weighing import Weight, value_at
 from lightning_compress.errors import CompressError
 from lightning_compress.measure.agreement import Agreement
 from lightning_compress.pruning.calibration import evaluating
+from lightning_compress.sharding import world_size
 
 __all__ = ["Lesson"]
 
@@ -203,7 +204,7 @@ class Lesson:
         """Log the share of examples whose most likely class is the teacher's. Every process calls it."""
         agreement, recall = self.teaching.agreement, self.teaching.recall
         if agreement is not None and agreement.update_called:
-            pl_module.log("compress/agreement", agreement.compute())
+            pl_module.log("compress/agreement", agreement.compute(), sync_dist=world_size() > 1)
             agreement.reset()
         if recall is not None:
             recall.all_seen = recall.all_seen or trainer.limit_train_batches == 1.0

@@ -19,7 +19,6 @@ from lightning_compress.callbacks.contract import (
     check_unclaimed,
     described,
     is_final_at_setup,
-    is_tensor_parallel,
     saved_state,
     state_key,
     warn_if_unfinished,
@@ -164,7 +163,7 @@ class GradualPruning(L.Callback):
             )
         self.keeper.weights = select_weights(pl_module, PRUNABLE, self.include, self.exclude)
         self.keeper.find_parts(trainer.strategy.model or pl_module)
-        self.gathering.statistics.check(pl_module, self.weights, is_tensor_parallel(trainer))
+        self.gathering.statistics.check(pl_module, self.weights)
         self._layers = layers_of(pl_module, self.weights)
         check_pattern = getattr(self.pattern, "check", None)
         if check_pattern is not None:

@@ -76,22 +76,27 @@ class Statistics:
         self.steps: dict[str, int] = {}
         self.layers: dict[str, nn.Module] = {}
 
-    def check(self, module: nn.Module, weights: Mapping[str, Tensor], together: bool = False) -> None:
-        """Raise if activations are asked for of a layer that is used without being called. Runs at `setup`.
+    def check_seen_whole(self, together: bool) -> None:
+        """Raise if activations are asked for where no process sees all of them. Runs at `on_fit_start`.
 
         Args:
-            module: that holds the weights.
-            weights: by clean name.
             together: whether several processes compute a layer together, each with a part of its channels.
 
         Raises:
-            CompressError: the output projection of an `nn.MultiheadAttention`, or any layer that is computed together.
+            CompressError: they are, under tensor parallelism.
         """
         if self.activations and together:
             raise CompressError(
                 f"the criterion asks for {', '.join(sorted(self.activations))}, of which a process sees a part under "
                 f"tensor parallelism; take a criterion of weights or gradients, or tensor_parallel_size=1"
             )
+
+    def check(self, module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+        """Raise if activations are asked for of a layer that is used without being called. Runs at `setup`.
+
+        Raises:
+            CompressError: the output projection of an `nn.MultiheadAttention`.
+        """
         attentions = (child for child in module.modules() if isinstance(child, nn.MultiheadAttention))
         uncalled = {id(attention.out_proj.weight) for attention in attentions}
         names = [name.removesuffix(".weight") for name, weight in weights.items() if id(weight) in uncalled]
@@ -197,12 +202,13 @@ class Statistics:
 
     # Checkpoints
 
-    def state_dict(self, parts: Mapping[str, Part]) -> dict[str, Any]:
+    def state_dict(self, parts: Mapping[str, Part] | None = None) -> dict[str, Any]:
         """Return the sums as tensors and primitives, those of all processes together: every process calls it.
 
         Args:
             parts: what this process holds of each weight; without one it is the whole.
         """
+        parts = parts or {}
         activity: dict[str, dict[str, Tensor]] = {}
         for name, layer in self.layers.items() if self.activations else ():
             sums = layer.__dict__[STATE].sums
@@ -214,9 +220,10 @@ class Statistics:
         return {"gradients": gradients, "steps": dict(self.steps), "activity": activity}
 
     def load_state_dict(
-        self, state: Mapping[str, Any], weights: Mapping[str, Tensor], parts: Mapping[str, Part]
+        self, state: Mapping[str, Any], weights: Mapping[str, Tensor], parts: Mapping[str, Part] | None = None
     ) -> None:
         """Take over saved sums, onto the weights' devices. Runs at `on_train_start`."""
+        parts = parts or {}
         self.steps = {name: int(count) for name, count in state["steps"].items()}
         for kind, sums in state["gradients"].items():
             self.sums[kind] = {n: cut(total, parts.get(n)).to(weights[n].device) for n, total in sums.items()}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib
 import multiprocessing
 import os
 import socket
 import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -78,8 +79,26 @@ def ended(processes: Iterable[BaseProcess], timeout_s: float) -> list[int | None
 
 def run(module: str, world: int, folder: Path, *arguments: str, timeout_s: float = 300) -> list[Any]:
     """Run the processes to their end, and return what each `work` has returned."""
-    import torch
-
     codes = ended(start(module, world, folder, *arguments), timeout_s)
     assert codes == [0] * world, printed(folder, world)
+    return results(folder, world)
+
+
+def once(factory: Any, name: str, make: Callable[[Path], object]) -> Path:
+    """Return a folder that `make` has filled: one pytest worker does, and the others wait for it."""
+    root = factory.getbasetemp().parent if "PYTEST_XDIST_WORKER" in os.environ else factory.getbasetemp()
+    folder = root / name
+    with (root / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "done").exists():
+            folder.mkdir(exist_ok=True)
+            make(folder)
+            (folder / "done").touch()
+    return folder
+
+
+def results(folder: Path, world: int) -> list[Any]:
+    """Return what each process has left."""
+    import torch
+
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(world)]

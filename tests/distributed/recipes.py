@@ -12,6 +12,7 @@ from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 
 from lightning_compress import Distillation, GradualPruning, QuantizationAwareTraining, StructuredPruning
+from lightning_compress.distillation.own_teachers import StartingModel
 from lightning_compress.pruning.channels import Removal
 from lightning_compress.pruning.criteria import movement, wanda
 from lightning_compress.pruning.patterns import Unstructured
@@ -49,6 +50,7 @@ TECHNIQUES: dict[str, Callable[[], list[L.Callback]]] = {
     "quantization": lambda: [rounding()],
     "distillation": lambda: [teaching()],
     "all": lambda: [pruning(), rounding(), teaching()],
+    "starting model": lambda: [pruning(), Distillation(StartingModel(), 0.5, 2.0)],
     "wanda": lambda: [GradualPruning(0.6, PRUNED, 2, criterion=wanda, pattern=Unstructured(by_output))],
     "movement": lambda: [GradualPruning(0.7, PRUNED, 2, criterion=movement)],
     "learned": lambda: [QuantizationAwareTraining(LSQ(4), LSQPlus(4), ROUNDED, details=Details(outputs=True))],
@@ -72,16 +74,16 @@ def fit(
     world: int = 1,
     save: Path | None = None,
     resume: Path | None = None,
-    accelerator: str = "cpu",
+    **options: Any,
 ) -> dict[str, Tensor]:
     """Train, and return masks, ranges and weights."""
     callbacks = TECHNIQUES[technique]()
     named = STRATEGIES[strategy](world) if isinstance(strategy, str) and strategy != "one" else strategy
     trainer = L.Trainer(
-        accelerator=accelerator, devices=world, max_steps=STEPS, logger=False, enable_progress_bar=False,
+        devices=world, max_steps=STEPS, logger=False, enable_progress_bar=False,
         enable_model_summary=False, enable_checkpointing=False, num_sanity_val_steps=0, use_distributed_sampler=False,
         callbacks=[*callbacks, *([] if save is None else [SaveAt(MIDDLE, save)])],
-        strategy="auto" if named == "one" else named,
+        strategy="auto" if named == "one" else named, **{"accelerator": "cpu", **options},
     )  # fmt: skip
     module = Shardable()
     trainer.fit(module, ckpt_path=resume)

@@ -25,6 +25,7 @@ from lightning_compress import (
 from lightning_compress.distillation.own_teachers import MeanTeacher
 from lightning_compress.divergence import check_same, digest
 from lightning_compress.errors import CompressError, ProcessesDiffer, UnsupportedStrategy
+from lightning_compress.pruning.channels import Removal
 from lightning_compress.pruning.criteria import magnitude, wanda
 from lightning_compress.pruning.patterns import Unstructured
 from lightning_compress.pruning.targets import Target, checked_scores
@@ -168,6 +169,10 @@ def of_bad_input(rank: int, world: int) -> Result:
         "channels": raised(fit([StructuredPruning(0.5, (2, 9), 2)], None, "fsdp2"), UnsupportedStrategy),
         "average": raised(fit([Distillation(MeanTeacher())], None, "fsdp2"), UnsupportedStrategy),
         "grid": raised(fit([QuantizationAwareTraining(LSQ(4))], None, "tp"), UnsupportedStrategy),
+        "activations of channels": raised(
+            fit([StructuredPruning(0.5, (2, 9), 2, criterion=wanda, removal=Removal(times=0))], None, "tp"),
+            CompressError,
+        ),
         "activations": raised(fit([GradualPruning(0.7, (2, 9), 2, criterion=wanda)], None, "tp"), CompressError),
     }
     fit(recipes.TECHNIQUES["all"](), Unequal(), "fsdp2")()  # uneven last batches
@@ -202,7 +207,8 @@ def work(rank: int, world: int, folder: Path) -> Result:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[Result]:
-    return launching.run(__name__, 2, tmp_path_factory.mktemp("between"))
+    folder = launching.once(tmp_path_factory, "between", lambda folder: launching.run(__name__, 2, folder))
+    return launching.results(folder, 2)
 
 
 @pytest.mark.distributed
@@ -241,6 +247,7 @@ MESSAGES = {
     "channels": r"StructuredPruning works under .*removal=Removal\(times=0\)",
     "average": r"Distillation works under .*teach with StartingModel\(\)",
     "grid": r"cannot use LSQ\(bits=4, per_channel=False\) in 'model\.0\.up' under tensor parallelism",
+    "activations of channels": "input_norm, of which a process sees a part under tensor parallelism",
     "activations": "input_norm, of which a process sees a part under tensor parallelism",
 }
 

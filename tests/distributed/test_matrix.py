@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from tests.distributed import launching, recipes
@@ -20,11 +21,19 @@ PIECES_OF_FILE = ("fsdp1-sharded-file", "fsdp2-sharded-file")
 MORE = ("ddp-static", "ddp-unused", "fsdp1-zero2")
 CELLS = [
     *product(WHOLE_FILE, ("pruning", "structured", "quantization", "distillation", "all")),
-    *product(("ddp", "fsdp1", "fsdp2"), ("wanda", "movement", "learned")),
+    *product(("ddp", "fsdp1", "fsdp2"), ("wanda", "movement", "learned", "starting model")),
     *product(PIECES_OF_FILE, ("pruning", "structured", "all")),
     *product(MORE, ("all",)),
 ]
+HALVES = [
+    ("fsdp1", "bf16-mixed"),
+    ("fsdp1", "bf16-true"),
+    ("fsdp2", "bf16-mixed"),
+    ("fsdp2", "bf16-true"),
+    ("tp", "bf16-true"),
+]
 Cells = dict[str, dict[str, Tensor]]
+ONE = "one.pt"
 
 
 def name_of(cell: tuple[str, str]) -> str:
@@ -40,19 +49,30 @@ def work(rank: int, world: int, folder: Path, cells: str = "") -> Cells:
         if strategy not in PIECES_OF_FILE:
             other = folder / f"one-{technique}.ckpt"
             results[f"{strategy}-{technique} from one"] = recipes.fit(technique, strategy, world, resume=other)
+    for strategy, precision in HALVES if not cells else []:
+        own = folder / f"{strategy}-{precision}.ckpt"
+        results[f"{strategy}-{precision}"] = recipes.fit("all", strategy, world, own, precision=precision)
+        results[f"{strategy}-{precision} resumed"] = recipes.fit(
+            "all", strategy, world, resume=own, precision=precision
+        )
     return results
+
+
+def run_all(folder: Path) -> None:
+    """Each technique on one process, with a checkpoint of its middle; then each cell on two."""
+    torch.save({name: recipes.fit(name, save=folder / f"one-{name}.ckpt") for name in recipes.TECHNIQUES}, folder / ONE)
+    launching.run(__name__, 2, folder)
 
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Cells]:
-    """Each technique on one process, with a checkpoint of its middle."""
-    folder = tmp_path_factory.mktemp("matrix")
-    return folder, {name: recipes.fit(name, save=folder / f"one-{name}.ckpt") for name in recipes.TECHNIQUES}
+    folder = launching.once(tmp_path_factory, "matrix", run_all)
+    return folder, torch.load(folder / ONE, weights_only=True)
 
 
 @pytest.fixture(scope="module")
 def two(one: tuple[Path, Cells]) -> list[Cells]:
-    return launching.run(__name__, 2, one[0])
+    return launching.results(one[0], 2)
 
 
 @pytest.mark.distributed
@@ -85,11 +105,24 @@ def test_a_run_of_two_processes_goes_on_in_one(cell: tuple[str, str], one: Any, 
 
 
 @pytest.mark.distributed
-def test_four_processes_in_two_dimensions(one: Any) -> None:
+def test_four_processes_in_two_dimensions(one: Any, tmp_path: Path) -> None:
     """FSDP2 and tensor parallel at once, and a run of one process that goes on in four."""
-    four = launching.run(__name__, 4, one[0], "fsdp2-tp/pruning fsdp2-tp/all fsdp2-tp/structured fsdp2/pruning")
+    for path in one[0].glob("one-*.ckpt"):
+        (tmp_path / path.name).symlink_to(path)
+    four = launching.run(__name__, 4, tmp_path, "fsdp2-tp/pruning fsdp2-tp/all fsdp2-tp/structured fsdp2/pruning")
     for rank in four:
         for name, found in four[0].items():
             technique = name.split()[0].split("-")[-1]
             recipes.check_equal(rank[name], one[1][technique])
             assert found.keys() == rank[name].keys()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("cell", HALVES, ids=name_of)
+def test_in_half_precision_the_sparsity_is_exact_and_a_resume_too(cell: tuple[str, str], two: list[Cells]) -> None:
+    first, second = (rank[name_of(cell)] for rank in two)
+    assert recipes.check_equal(first, second) == 0.0
+    assert recipes.check_equal(two[0][f"{name_of(cell)} resumed"], first) == 0.0
+    names = [name.removeprefix("mask ") for name in first if name.startswith("mask")]
+    zeros = sum(int((first[name] == 0).sum()) for name in names)
+    assert zeros == round(0.7 * sum(first[name].numel() for name in names))
