@@ -10,7 +10,7 @@ from lightning.pytorch.strategies import Strategy
 from lightning_compress.callbacks.contract import SHARDING, check_strategy, described
 from lightning_compress.divergence import digest
 from lightning_compress.errors import ProcessesDiffer
-from lightning_compress.sharding import clean_name, gathered_objects, world_size
+from lightning_compress.sharding import clean_name, gathered_objects, is_distributed, is_flattened, world_size
 
 __all__ = ["check_same_runs", "takes_part"]
 
@@ -91,6 +91,8 @@ def _first_difference(one: list[Any], other: list[Any]) -> tuple[str, str]:
 
 def _check_same_start(pl_module: L.LightningModule) -> None:
     parameters = {clean_name(name): p for name, p in pl_module.named_parameters() if not p.is_meta}
+    if is_flattened(pl_module) or any(is_distributed(parameter) for parameter in parameters.values()):
+        return  # a module that an earlier fit has sharded
     own = [int(digest(parameter)) for parameter in parameters.values()]
     for rank, other in enumerate(gathered := gathered_objects(own)):
         names = [name for name, mine, its in zip(parameters, gathered[0], other, strict=True) if mine != its]

@@ -190,6 +190,17 @@ def of_monitor(world: int, folder: Path) -> Result:
     return found
 
 
+def of_second_fits(world: int) -> Result:
+    """Sparsity that another Trainer reaches on a module that an earlier one has sharded."""
+    found = {}
+    for strategy in ("fsdp2", "tp"):
+        module = Shardable()
+        for pruning in (recipes.pruning(), recipes.pruning()):
+            trainer_for(world, [pruning], strategy).fit(module)
+            found[strategy] = pruning.history[-1][1:]
+    return found
+
+
 def work(rank: int, world: int, folder: Path) -> Result:
     steps = {
         "pruning": of_steps(world, [recipes.pruning()]),
@@ -202,6 +213,7 @@ def work(rank: int, world: int, folder: Path) -> Result:
         "steps": steps,
         "bad": of_bad_input(rank, world),
         "monitor": of_monitor(world, folder),
+        "again": of_second_fits(world),
     }
 
 
@@ -266,6 +278,13 @@ def test_a_report_counts_weights_on_all_processes(two: list[Result]) -> None:
     counts = [sum(int((weights[name] != 0).sum()) for name in names), sum(weights[name].numel() for name in names)]
     assert two[0]["monitor"] == dict.fromkeys(("fsdp1", "fsdp2", "tp"), counts)
     assert two[1]["monitor"] == {}
+
+
+@pytest.mark.distributed
+def test_a_module_that_is_sharded_already_is_fitted_again(two: list[Result]) -> None:
+    for target, sparsity in two[0]["again"].values():
+        assert target == 0.7
+        assert abs(sparsity - target) < 1e-3
 
 
 def test_a_digest_sees_values_places_and_bits() -> None:
