@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import copy
 import datetime
-import itertools
 import json
 import logging
 import os
@@ -21,7 +20,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from models import ImageClassifier, SentenceClassifier, image_batch, sentence_batch
+from training import RUN_STEPS, Endless
 
 from lightning_compress import Constant, Distillation, GradualPruning, QuantizationAwareTraining
 from lightning_compress.distillation.details import Details as Teaching
@@ -40,7 +40,6 @@ from lightning_compress.distillation.terms import LayerTerm
 from lightning_compress.quantization.details import Details
 
 WARMUP = 3
-RUN_STEPS = 10**6
 BUDGETS = {
     "pruning": 1.01,
     "fake-quant": 1.6,
@@ -118,19 +117,6 @@ def now() -> Times:
 def since(started: Times) -> Times:
     cpu, wall = now()
     return cpu - started[0], wall - started[1]
-
-
-class Endless(torch.utils.data.IterableDataset):
-    """The same batch a million times: the run is long on paper, so that no phase ends while it is timed."""
-
-    def __init__(self, batch: Any) -> None:
-        self.batch = batch
-
-    def __iter__(self) -> Iterator[Any]:
-        return itertools.repeat(self.batch)
-
-    def __len__(self) -> int:
-        return RUN_STEPS
 
 
 def teacher_forward(teacher: torch.nn.Module) -> Callable[[Any], object]:

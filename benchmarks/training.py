@@ -1,10 +1,28 @@
-"""Trainers that print and keep nothing: what is measured is the training."""
+"""Trainers that print and keep nothing, and data without an end: what is measured is the training."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import lightning.pytorch as L
+from torch.utils.data import IterableDataset
+
+RUN_STEPS = 10**6
+
+
+class Endless(IterableDataset):
+    """The same batch a million times: the run is long on paper, so that no phase ends while it is timed."""
+
+    def __init__(self, batch: Any) -> None:
+        self.batch = batch
+
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.repeat(self.batch)
+
+    def __len__(self) -> int:
+        return RUN_STEPS
 
 
 def quiet_trainer(callbacks: list[L.Callback], **options: Any) -> L.Trainer:

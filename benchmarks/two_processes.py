@@ -10,13 +10,11 @@ range over rounds. CPU time of the process is printed beside it.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import logging
 import os
 import time
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,25 +25,13 @@ from int8 import processor
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from models import SentenceClassifier, sentence_batch
 from torch.distributed.fsdp import fully_shard
+from training import RUN_STEPS, Endless
 
 from lightning_compress import Constant, Distillation, GradualPruning, QuantizationAwareTraining
 
 RESULTS = Path(__file__).resolve().parent / "results" / "two_processes.json"
-RUN_STEPS, WARM_UP, STEPS = 10**6, 4, 10
+WARM_UP, STEPS = 4, 10
 STRATEGIES = ("ddp", "fsdp2")
-
-
-class Endless(torch.utils.data.IterableDataset):
-    """The same batch a million times: the run is long on paper, so that no phase ends while it is timed."""
-
-    def __init__(self, batch: Any) -> None:
-        self.batch = batch
-
-    def __iter__(self) -> Iterator[Any]:
-        return itertools.repeat(self.batch)
-
-    def __len__(self) -> int:
-        return RUN_STEPS
 
 
 class Sharded(SentenceClassifier):

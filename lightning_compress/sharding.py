@@ -31,12 +31,13 @@ __all__ = [
     "gathered_objects",
     "is_distributed",
     "is_flattened",
-    "is_sharded",
     "local",
     "on_piece",
     "parts_of",
     "process_rank",
     "raise_together",
+    "sharded_parts_of",
+    "sum_of_pieces",
     "undistributed",
     "whole",
     "world_size",
@@ -181,13 +182,18 @@ def whole(piece: Tensor, part: Part | None) -> Tensor:
         return piece
     if piece.dtype == torch.bool:
         return whole(piece.to(torch.uint8), part).bool()
-    placed = part.placed(piece)
-    return all_reduce_sum(placed if part.counted else placed.zero_())
+    return sum_of_pieces(part.placed(piece), part)
 
 
-def is_sharded(parts: Mapping[str, Part]) -> bool:
-    """Say whether some process lacks something of some parameter."""
-    return any(not part.replicated for part in parts.values())
+def sum_of_pieces(tensor: Tensor, part: Part) -> Tensor:
+    """Return the sum of what each process has made of its piece, of replicas one; every process calls it."""
+    return all_reduce_sum(tensor if part.counted else torch.zeros_like(tensor))
+
+
+def sharded_parts_of(root: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, Part]:
+    """Return `parts_of`, or nothing where every process holds every parameter whole."""
+    parts = parts_of(root, parameters)
+    return parts if any(not part.replicated for part in parts.values()) else {}
 
 
 def parts_of(root: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, Part]:

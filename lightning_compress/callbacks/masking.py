@@ -15,7 +15,7 @@ from lightning_compress.callbacks.contract import gradients_are_read
 from lightning_compress.errors import CheckpointMismatch
 from lightning_compress.parts import Part
 from lightning_compress.pruning.masks import apply_mask, pack_mask, unpack_mask
-from lightning_compress.sharding import all_reduce_sum, cut, is_sharded, local, parts_of
+from lightning_compress.sharding import all_reduce_sum, cut, local, sharded_parts_of, sum_of_pieces
 
 __all__ = ["ELEMENTWISE", "MaskKeeper"]
 
@@ -42,8 +42,7 @@ class MaskKeeper:
 
     def find_parts(self, root: nn.Module) -> None:
         """Find out what this process holds of each weight; every process calls it. Runs at `on_fit_start`."""
-        parts = parts_of(root, self.weights)
-        self.parts = parts if is_sharded(parts) else {}
+        self.parts = sharded_parts_of(root, self.weights)
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
@@ -119,9 +118,8 @@ class MaskKeeper:
     def _packed(self, mask: Tensor, part: Part | None) -> Tensor:
         if part is None or part.replicated:
             return pack_mask(mask)
-        packed = pack_mask(part.placed(mask))
         # Each bit is one process's, so that sums of bytes put them together: an eighth of a byte is sent for a weight.
-        return all_reduce_sum((packed if part.counted else packed.zero_()).to(mask.device)).cpu()
+        return sum_of_pieces(pack_mask(part.placed(mask)).to(mask.device), part).cpu()
 
     def unpack(self, packed: Mapping[str, Tensor]) -> None:
         """Take over packed masks. Runs at `on_train_start`.

@@ -84,9 +84,10 @@ class RunningTeacher:
 
     def _widened(self, value: Tensor) -> Tensor:
         # FSDP1 hands its own half precision to the student's inputs, without autocast on a CPU.
-        half = value.dtype in (torch.bfloat16, torch.float16)
+        if value.dtype not in (torch.bfloat16, torch.float16):
+            return value
         dtype = next((p.dtype for p in self.module.parameters() if p.is_floating_point()), value.dtype)
-        return value.to(dtype) if half and dtype == torch.float32 else value
+        return value.float() if dtype == torch.float32 else value
 
     def _context(self, device: torch.device | None) -> AbstractContextManager[Any]:
         if self.dtype is None or device is None:

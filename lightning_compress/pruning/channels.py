@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_compress.parts import Part
 from lightning_compress.pruning.dependency import Group, Slot
-from lightning_compress.sharding import all_reduce_sum
+from lightning_compress.sharding import sum_of_pieces
 
 __all__ = ["Removal", "checked", "choose", "group_scores", "kept_share", "masks_of", "remaining", "unit_scores"]
 
@@ -87,10 +87,10 @@ def remaining(groups: Sequence[Group], present: Kept) -> list[Group]:
 
 def _channel_means(scores: Tensor, dim: int, part: Part | None) -> Tensor:
     """Return the mean over each slice along a dimension, in float64; every process calls it."""
-    if part is None or part.replicated:
-        return scores.movedim(dim, 0).flatten(1).double().mean(dim=1)
-    placed = part.placed(scores).movedim(dim, 0).flatten(1).double().mean(dim=1)
-    return all_reduce_sum(placed if part.counted else placed.zero_())
+    part = None if part is None or part.replicated else part
+    own = scores if part is None else part.placed(scores)
+    means = own.movedim(dim, 0).flatten(1).double().mean(dim=1)
+    return means if part is None else sum_of_pieces(means, part)
 
 
 def group_scores(

@@ -51,9 +51,11 @@ class _Rest:
 
     @property
     def counted(self) -> bool:
+        """Whether the piece counts."""
         return self.part.counted
 
     def positions(self, indices: Tensor) -> Tensor:
+        """Return the places in the whole weight."""
         return self.part.positions(self.rest.flatten().nonzero().flatten().to(indices.device)[indices])
 
 

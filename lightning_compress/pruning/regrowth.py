@@ -53,8 +53,11 @@ def _updated(targets: Sequence[Target], growth: Criterion, fraction: float) -> I
             raise ValueError(f"'{target.name}' has no mask yet; the first update makes one by the scope")
         mask = target.whole(target.mask)
         count = int(fraction * int(mask.sum()))
+        if not count:
+            yield target.mask
+            continue
         scores, wanted = (target.whole(target.evaluate(criterion)) for criterion in (magnitude, growth))
-        yield target.cut(regrow(scores, wanted, mask, count)) if count else target.mask
+        yield target.cut(regrow(scores, wanted, mask, count))
 
 
 def _dynamic(

@@ -13,7 +13,7 @@ from lightning_compress.quantization.choosing import Grids
 from lightning_compress.quantization.details import Details
 from lightning_compress.quantization.inputs import Affine
 from lightning_compress.quantization.weights import Symmetric
-from lightning_compress.sharding import is_sharded, local, parts_of, whole
+from lightning_compress.sharding import local, sharded_parts_of, whole
 
 __all__ = ["WholeWeights", "check_tensor_parallel"]
 
@@ -28,8 +28,7 @@ class WholeWeights:
 
     def __init__(self, layers: Mapping[str, nn.Module], root: nn.Module) -> None:
         self.layers = layers
-        parts = parts_of(root, {name: layer.get_parameter("weight") for name, layer in layers.items()})
-        self.parts = parts if is_sharded(parts) else {}
+        self.parts = sharded_parts_of(root, {n: layer.get_parameter("weight") for n, layer in layers.items()})
 
     def size(self, name: str) -> int:
         """Return the number of a layer's weights."""
