@@ -254,9 +254,10 @@ class Distillation(L.Callback):
             self.lesson.teaching.recall.store.refresh()  # what other processes have written
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.lesson is not None:
-            self.lesson.epoch_ends(trainer, pl_module)
-        if self.lesson is not None and not self.lesson.used:
+        if self.lesson is None:
+            return
+        self.lesson.epoch_ends(trainer, pl_module)
+        if not self.lesson.used:
             raise CompressError(
                 f"a whole epoch passed without a call of the student '{self.student}' that could be taught; "
                 f"check student=, or call self.manual_backward(loss) in manual optimization"

@@ -156,7 +156,7 @@ class QuantizationAwareTraining(L.Callback):
                 f"or grids that learn nothing, such as weights=8, inputs=8"
             )
         check_together(trainer.callbacks)  # type: ignore[attr-defined]
-        self.quantized.attach(self.details.compiled, keep=trainer.accumulate_grad_batches > 1)
+        self.quantized.attach(self.details.compiled, keep_weight=trainer.accumulate_grad_batches > 1)
         if self.outputs.placed:
             self.outputs.attach(pl_module, compiled=self.details.compiled)
         forget_compiled_code()

@@ -49,7 +49,8 @@ class StructuredPruning(L.Callback):
 
     Runs inside each optimizer step (what is out is zero in every layer it passes through) and at the end of the
     batches after which channels are removed: parameters, optimizer state and the layers' attributes shrink in place,
-    and training goes on. Which channels belong together is found by tracing one forward. Fang et al. 2023, "DepGraph".
+    and training goes on. Which channels belong together is found by tracing one forward. Li et al. 2017; Fang et al.
+    2023, "DepGraph".
 
     Args:
         amount: share of the budget that goes by the window's end, in [0, 1) (a cubic schedule from 0); or a schedule,
@@ -121,6 +122,8 @@ class StructuredPruning(L.Callback):
         options = ("schedule", "window", "frequency", "include", "exclude", "criterion", "removal")
         return {option: described(getattr(self, option)) for option in options}
 
+    # Attaching and detaching
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         sharding = () if self.removal.times and stage == "fit" else SHARDING
         if not takes_part(self, trainer, pl_module, stage, sharding, LEAVE_ZEROS):
@@ -157,14 +160,7 @@ class StructuredPruning(L.Callback):
         if self._restored is not None:  # the module is as small as it was then, so it is not traced again
             self.traced = saved_trace(self._restored["traced"]) if self._restored["traced"] else None
         self._trace(trainer, pl_module)
-        self._take_over_units()
         self._attach(trainer, pl_module)
-
-    def _take_over_units(self) -> None:
-        if self._restored is not None:
-            self.history = [(int(step), float(target), float(gone)) for step, target, gone in self._restored["history"]]
-            self._removals = int(self._restored["removals"])
-            self._plan().survivors.load_state_dict(self._restored["units"])
 
     def _attach(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take hold of the module's parameters as they are now; again after each removal."""
@@ -188,7 +184,9 @@ class StructuredPruning(L.Callback):
             return
         restore_data_place(trainer)
         if self._restored is not None:
-            self._take_over_units()  # sharding strategies load checkpoints after `on_fit_start`
+            self.history = [(int(step), float(target), float(gone)) for step, target, gone in self._restored["history"]]
+            self._removals = int(self._restored["removals"])
+            self._plan().survivors.load_state_dict(self._restored["units"])
             self.clock.load_state_dict(self._restored["clock"])
             self.gathering.load_state_dict(self._restored["gathered"])
             self._restored = None
@@ -247,7 +245,7 @@ class StructuredPruning(L.Callback):
     # Removing channels
 
     def _removals_by_now(self) -> int:
-        # Of what the last update has zeroed, by its progress through the window.
+        # Of what the last update has zeroed: progress through the window says how many removals are due.
         return int(self.times.progress(self.history[-1][0]) * self.removal.times + 1e-9) if self.history else 0
 
     def _remove_if_due(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -29,12 +29,18 @@ __all__ = ["QuantizedLayers"]
 
 
 class QuantizedLayers:
-    """The layers that a recipe rounds, by clean name. Ranges and learned values outlive the attachment."""
+    """The layers that a recipe rounds, by clean name. Ranges and learned values outlive the attachment.
+
+    Args:
+        recipe: the grids.
+        details: learning rate of grids, the rule that makes ranges, noise.
+    """
 
     def __init__(self, recipe: Recipe, details: Details) -> None:
         self.recipe, self.noise = recipe, details.noise
         self.layers: dict[str, nn.Module] = {}
         self.by_channel: list[str] = []  # their weights' grids learn more than a number, as a step a channel
+        self.whole = WholeWeights({}, nn.Module())
         self.learned, self.gathered = LearnedValues(details.learning_rate), Gathered(details.observer)
         self.clear()
 
@@ -66,10 +72,7 @@ class QuantizedLayers:
 
     def _learns(self, name: str) -> bool:
         grids, low, high = self.grids(name), torch.tensor(0.0), torch.tensor(1.0)  # a range that all input grids take
-        try:
-            start = self.whole.start(name, grids)
-        except ValueError as error:
-            raise ValueError(f"'{name}' cannot be rounded: {error}; or give it another grid in per_layer") from error
+        start = self.whole.start(name, grids)
         if any(value.dim() > 0 for value in start.values()):
             self.by_channel.append(name)
         return bool(start or (grids.inputs and grids.inputs.learned(low, high)))
@@ -83,12 +86,9 @@ class QuantizedLayers:
         """The layers whose grid has no zero, so that pruned weights would come back."""
         return [name for name in self.layers if isinstance(self.grids(name).weights, Binary)]
 
-    def attach(self, compiled: bool, keep: bool) -> None:
-        """Attach to every layer, switched off, with the ranges and learned values that are there already.
-
-        `keep` rounded weights for a step's next micro-batch, but where a sharded model would then be held whole.
-        """
-        keep = keep and not self.whole.parts
+    def attach(self, compiled: bool, keep_weight: bool) -> None:
+        """Attach to every layer, switched off, with the ranges and learned values that are there already."""
+        keep = keep_weight and not self.whole.parts  # a sharded model would be held whole until the step
         for name, layer in self.layers.items():
             device, grids = next(layer.parameters()).device, self.grids(name)
             state = attach(layer, grids.weights, grids.inputs)
@@ -138,9 +138,9 @@ class QuantizedLayers:
 
     def set_phase(self, phase: Phase, inputs_wait: bool = False) -> None:
         """Set the phase of every layer that has a range; grids that learn get their start values."""
-        other = Phase.OFF if phase == Phase.FROZEN else min(phase, Phase.OBSERVE)
+        without_range = Phase.OFF if phase == Phase.FROZEN else min(phase, Phase.OBSERVE)
         for name, state in self.states.items():
-            state.phase = phase if phase <= Phase.OBSERVE or state.observed else other
+            state.phase = phase if phase <= Phase.OBSERVE or state.observed else without_range
             state.inputs_wait = inputs_wait
             if state.phase >= Phase.ROUND:
                 self._begin_to_learn(name, state)

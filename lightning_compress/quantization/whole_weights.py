@@ -44,12 +44,17 @@ class WholeWeights:
         """Return what the grid of a layer's weight starts to learn from; every process calls it.
 
         Raises:
-            ValueError: the grid cannot round it, such as a group that does not divide it.
+            ValueError: the grid cannot round it, such as a group that does not divide it; with the name.
         """
         part = self.parts.get(name)
         if part is not None and isinstance(grids.weights, Symmetric):  # it looks at the shape alone
-            return grids.weights.learned(channels_first(self.layers[name], torch.empty(part.shape, device="meta")))
-        return grids.weights.learned(self.of(name))
+            weight = channels_first(self.layers[name], torch.empty(part.shape, device="meta"))
+        else:
+            weight = self.of(name)
+        try:
+            return grids.weights.learned(weight)
+        except ValueError as error:
+            raise ValueError(f"'{name}' cannot be rounded: {error}; or give it another grid in per_layer") from error
 
 
 def check_tensor_parallel(grids: Mapping[str, Grids], details: Details, who: str) -> None:
