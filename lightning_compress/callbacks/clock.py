@@ -14,9 +14,9 @@ from typing import Any
 import lightning.pytorch as L
 from lightning.pytorch.callbacks import Timer
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from lightning_compress.window import Moment
+from lightning_compress.zero import Handle, on_step, skipped
 
 __all__ = ["Clock", "restore_data_place", "run_length"]
 
@@ -63,7 +63,7 @@ class Clock:
 
     def __init__(self) -> None:
         self.counts: list[int] = []
-        self._handles: list[RemovableHandle] = []
+        self._handles: list[Handle] = []
 
     @property
     def steps(self) -> int:
@@ -75,12 +75,11 @@ class Clock:
         self.detach()
         self.counts += [self.steps] * (len(optimizers) - len(self.counts))
         for index, optimizer in enumerate(optimizers):
-            self._handles.append(optimizer.register_step_post_hook(self._ticker(index, after_step)))
+            self._handles.append(on_step(optimizer, self._ticker(index, after_step)))
 
     def _ticker(self, index: int, after_step: Callable[[Optimizer, bool], None]) -> Callable[..., None]:
         def tick(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            # A fused optimizer is called even on overflow and skips the step itself.
-            if float(getattr(optimizer, "found_inf", None) or 0.0):
+            if skipped(optimizer):
                 return
             before = self.steps
             self.counts[index] += 1

@@ -19,10 +19,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_compress.errors import CheckpointMismatch, UnsupportedStrategy
+from lightning_compress.zero import why_not
 
 __all__ = [
     "FORMAT",
     "SHARDING",
+    "ZERO",
+    "check_learning",
     "check_state",
     "check_strategy",
     "check_unclaimed",
@@ -31,6 +34,7 @@ __all__ = [
     "is_final_at_setup",
     "is_tensor_parallel",
     "is_whole_at_setup",
+    "refuse_under_zero",
     "saved_state",
     "state_key",
     "warn_if_unfinished",
@@ -38,6 +42,7 @@ __all__ = [
 
 FORMAT = 1
 SHARDING: tuple[type[Strategy], ...] = (FSDPStrategy, ModelParallelStrategy)  # FSDP1; FSDP2 and tensor parallel
+ZERO: tuple[type[Strategy], ...] = (*SHARDING, DeepSpeedStrategy)  # and stages of it at which modules stay whole
 
 
 def check_strategy(
@@ -55,13 +60,67 @@ def check_strategy(
         UnsupportedStrategy: another one; the message names those that work.
     """
     known: tuple[type[Strategy], ...] = (SingleDeviceStrategy, DDPStrategy, *sharding)
-    if not isinstance(trainer.strategy, known) or isinstance(trainer.strategy, DeepSpeedStrategy):  # a DDPStrategy
+    deep = isinstance(trainer.strategy, DeepSpeedStrategy)  # a DDPStrategy, too
+    if not isinstance(trainer.strategy, known) or (deep and DeepSpeedStrategy not in sharding):
         names = ", ".join(kind.__name__ for kind in known)
         cure = instead or "remove the callback"
         raise UnsupportedStrategy(
             f"{type(who).__name__} works under {names}, not yet under {type(trainer.strategy).__name__}: it would not "
             f"know which part of a parameter a process holds; use one of these (strategy='ddp'), or {cure}"
         )
+    if deep:
+        _check_zero(trainer.strategy, who, "strategy='ddp'")
+
+
+def _check_zero(strategy: Any, who: object, instead: str) -> None:
+    reason = why_not(strategy.config if isinstance(strategy.config, dict) else None)
+    if reason:
+        raise UnsupportedStrategy(
+            f"{type(who).__name__} works under {type(strategy).__name__} of ZeRO stages 1 and 2, not yet {reason}, or "
+            f"use {instead}"
+        )
+
+
+def refuse_under_zero(trainer: L.Trainer, who: object, what: str, cure: str) -> None:
+    """Raise if DeepSpeed runs a callback with an option that cannot be met there. Runs at `setup`.
+
+    Args:
+        trainer: of this run.
+        who: the callback.
+        what: the option; "" is nothing to refuse.
+        cure: the end of the message.
+
+    Raises:
+        UnsupportedStrategy: there is such an option.
+    """
+    if what and isinstance(trainer.strategy, DeepSpeedStrategy):
+        raise UnsupportedStrategy(
+            f"{type(who).__name__} with {what} does not work under {type(trainer.strategy).__name__}, which takes "
+            f"gradients and moments into pieces of its own during the backward; {cure}"
+        )
+
+
+def check_learning(trainer: L.Trainer, who: object, learning: str) -> None:
+    """Raise unless the gradients of a run are there for values that a callback learns beside the optimizer's weights.
+
+    Runs at `on_fit_start`.
+
+    Args:
+        trainer: of this run.
+        who: the callback.
+        learning: what learns.
+
+    Raises:
+        ValueError: a gradient scaler scales them.
+        UnsupportedStrategy: DeepSpeed takes them.
+    """
+    plain = "grids that learn nothing, such as weights=8, inputs=8"
+    if getattr(trainer.precision_plugin, "scaler", None) is not None:
+        raise ValueError(
+            f"{learning} cannot learn from gradients that precision='16-mixed' scales; use precision='bf16-mixed', "
+            f"or {plain}"
+        )
+    refuse_under_zero(trainer, who, learning, f"use {plain}")
 
 
 def is_tensor_parallel(trainer: L.Trainer) -> bool:

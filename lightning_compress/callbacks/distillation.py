@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_compress.callbacks.clock import Clock, restore_data_place, run_length
 from lightning_compress.callbacks.contract import (
-    SHARDING,
+    ZERO,
     check_state,
     check_unclaimed,
     described,
@@ -137,7 +137,7 @@ class Distillation(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         averages = isinstance(self.source, MeanTeacher)  # whole weights, after each step
-        sharding, instead = ((), "teach with StartingModel()") if averages else (SHARDING, "")
+        sharding, instead = ((), "teach with StartingModel()") if averages else (ZERO, "")
         if stage != "fit" or not takes_part(self, trainer, pl_module, stage, sharding, instead):
             return
         check_together(trainer.callbacks)  # type: ignore[attr-defined]

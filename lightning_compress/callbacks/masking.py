@@ -16,6 +16,7 @@ from lightning_compress.errors import CheckpointMismatch
 from lightning_compress.parts import Part
 from lightning_compress.pruning.masks import apply_mask, pack_mask, unpack_mask
 from lightning_compress.sharding import all_reduce_sum, cut, local, sharded_parts_of, sum_of_pieces
+from lightning_compress.zero import mask_master, moved_by
 
 __all__ = ["ELEMENTWISE", "MaskKeeper"]
 
@@ -55,7 +56,7 @@ class MaskKeeper:
 
     def owned(self, optimizer: Optimizer) -> list[str]:
         """Names of the weights that an optimizer moves."""
-        ids = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        ids = {id(parameter) for parameter in moved_by(optimizer)}
         return [name for name, weight in self.weights.items() if id(weight) in ids]
 
     def apply(self, names: Iterable[str] | None = None, weights: Mapping[str, nn.Parameter] | None = None) -> None:
@@ -63,7 +64,9 @@ class MaskKeeper:
         for name in (self.masks if names is None else names) if self.masks else ():
             weight = (weights or self.weights).get(name)
             if weight is not None:
-                apply_mask(local(weight), self.masks[name].to(weight.device))  # SWA keeps its average on the CPU
+                mask = self.masks[name].to(weight.device)  # SWA keeps its average on the CPU
+                apply_mask(local(weight), mask)
+                mask_master(weight, mask)
 
     def mask_gradients(self, names: Iterable[str]) -> None:
         """Zero the gradients of what the masks drop."""

@@ -14,11 +14,12 @@ from torch.optim import Optimizer
 
 from lightning_compress.callbacks.clock import Clock, restore_data_place
 from lightning_compress.callbacks.contract import (
-    SHARDING,
+    ZERO,
     check_state,
     check_unclaimed,
     described,
     is_final_at_setup,
+    refuse_under_zero,
     saved_state,
     state_key,
     warn_if_unfinished,
@@ -144,8 +145,9 @@ class GradualPruning(L.Callback):
     # Attaching and detaching
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage != "fit" or not takes_part(self, trainer, pl_module, stage, SHARDING):
+        if stage != "fit" or not takes_part(self, trainer, pl_module, stage, ZERO):
             return
+        refuse_under_zero(trainer, self, self._refused_by_zero(), "score by magnitude or wanda, and let no weight grow")
         self.keeper.weights, self._restored = {}, None
         if trainer.global_step == 0:  # a fresh run with the same callback object
             self.clock.reset()
@@ -153,6 +155,11 @@ class GradualPruning(L.Callback):
             self.gathering.statistics.clear()
         if is_final_at_setup(pl_module):
             self._prepare(trainer, pl_module)
+
+    def _refused_by_zero(self) -> str:
+        if self.gathering.statistics.gradients:
+            return f"criterion {described(self.criterion)} of gradients"
+        return f"pattern {described(self.pattern)}" if self._comes_back else ""
 
     def _prepare(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.times = timetable(trainer, self.window, self.frequency)

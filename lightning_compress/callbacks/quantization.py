@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 
 from lightning_compress.callbacks.clock import Clock, restore_data_place, run_length
 from lightning_compress.callbacks.contract import (
-    SHARDING,
+    ZERO,
+    check_learning,
     check_state,
     check_unclaimed,
     described,
@@ -129,7 +130,7 @@ class QuantizationAwareTraining(L.Callback):
         return {option: described(getattr(self, option)) for option in options}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if not takes_part(self, trainer, pl_module, stage, SHARDING):
+        if not takes_part(self, trainer, pl_module, stage, ZERO):
             return
         self.quantized.layers, self._restored = {}, None
         if stage == "fit" and trainer.global_step == 0:  # a fresh run with the same callback object
@@ -150,11 +151,8 @@ class QuantizationAwareTraining(L.Callback):
         if is_tensor_parallel(trainer):
             grids = {name: self.quantized.grids(name) for name in layers}
             check_tensor_parallel(grids, self.details, type(self).__name__)
-        if learning and stage == "fit" and getattr(trainer.precision_plugin, "scaler", None) is not None:
-            raise ValueError(
-                f"{learning} cannot learn from gradients that precision='16-mixed' scales; use precision='bf16-mixed', "
-                f"or grids that learn nothing, such as weights=8, inputs=8"
-            )
+        if learning and stage == "fit":
+            check_learning(trainer, self, learning)
         check_together(trainer.callbacks)  # type: ignore[attr-defined]
         self.quantized.attach(self.details.compiled, keep_weight=trainer.accumulate_grad_batches > 1)
         if self.outputs.placed:
