@@ -124,7 +124,7 @@ def test_two_processes_end_as_one_does(technique: str, two: list[Cells]) -> None
     one = recipes.fit(technique)
     for rank in two:
         for stage in STAGES:
-            print(stage, technique, recipes.check_equal(rank[f"{stage}-{technique}"], one))
+            recipes.check_equal(rank[f"{stage}-{technique}"], one)
 
 
 @marked
