@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO stages 1 and 2: two gloo processes end as one does. Lightning refuses a CPU, so a subclass runs it."""
+"""DeepSpeed ZeRO stages 1 and 2: two gloo processes end as one. Lightning refuses a CPU, so a subclass runs it."""
 
 from __future__ import annotations
 
