@@ -147,7 +147,7 @@ class GradualPruning(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit" or not takes_part(self, trainer, pl_module, stage, ZERO):
             return
-        refuse_under_zero(trainer, self, self._refused_by_zero(), "score by magnitude or wanda, and let no weight grow")
+        refuse_under_zero(trainer, self, self._refused_by_zero(), "score by magnitude, and let no weight grow")
         self.keeper.weights, self._restored = {}, None
         if trainer.global_step == 0:  # a fresh run with the same callback object
             self.clock.reset()
@@ -157,8 +157,8 @@ class GradualPruning(L.Callback):
             self._prepare(trainer, pl_module)
 
     def _refused_by_zero(self) -> str:
-        if self.gathering.statistics.gradients:
-            return f"criterion {described(self.criterion)} of gradients"
+        if self._needs_steps:
+            return f"criterion {described(self.criterion)} of gradients or activations"
         return f"pattern {described(self.pattern)}" if self._comes_back else ""
 
     def _prepare(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

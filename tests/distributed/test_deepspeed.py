@@ -18,7 +18,7 @@ from tests.distributed import launching, recipes
 from tests.distributed.strategies import Shardable
 
 STAGES = (1, 2)
-TECHNIQUES = ("pruning", "quantization", "distillation", "all", "wanda", "starting model")
+TECHNIQUES = ("pruning", "quantization", "distillation", "all", "starting model")
 CELLS = [(stage, technique) for stage in STAGES for technique in TECHNIQUES]
 Cells = dict[str, dict[str, Tensor]]
 needs_deepspeed = [
