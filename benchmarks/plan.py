@@ -1,7 +1,7 @@
 """Plans of three models, and what became of them: expected sizes against the files of a real, short run.
 
-python benchmarks/plan.py --weights FOLDER (of MobileNetV2's ImageNet weights) --data-dir FOLDER (Fashion-MNIST); needs the
-MiniLM and reviews packages and Jane Austen's novels, as minilm.py and distilled_language_model.py do. Writes
+python benchmarks/plan.py --weights FOLDER --data-dir FOLDER, with MobileNetV2's ImageNet weights and Fashion-MNIST; needs
+the MiniLM and reviews packages and Jane Austen's novels, as minilm.py and distilled_language_model.py do. Writes
 results/plan.json and prints each plan.
 """
 
@@ -78,7 +78,8 @@ def mobilenet(options: argparse.Namespace) -> tuple[Plan, dict[str, float]]:
     example = task.images(data.train.tensors[0][:8])
     found = plan(net, ours, example, steps=STEPS)
     fit_images(task, net, data, 0, STEPS, ours)
-    return found, sizes(net, ours[1].ranges(), (example,))
+    ranges = {name.removeprefix("net."): trained for name, trained in ours[1].ranges().items()}
+    return found, sizes(net, ranges, (example,))
 
 
 def llama(options: argparse.Namespace) -> tuple[Plan, dict[str, float]]:
