@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from time import perf_counter_ns
+from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor, nn
 
-__all__ = ["Latency", "compare_latency", "measure_latency"]
+__all__ = ["Latency", "compare_latency", "faster", "latency_of", "measure_latency"]
+
+FEWEST_RUNS = 10  # fewer say too little about their own spread
+ERRORS = 3.0  # standard errors that a difference must be above
 
 
 @dataclass(frozen=True)
@@ -16,7 +24,8 @@ class Latency:
     """Wall-clock time of one call in milliseconds.
 
     `threads` is what the caller said it ran on, None where nothing was said. `speedup` is set by
-    `compare_latency` only: how many times faster than the first call of that comparison.
+    `compare_latency` only: how many times faster than the first call of that comparison. `batch`, `device` and `how`
+    (eager or compiled) are set by `latency_of`.
     """
 
     median_ms: float
@@ -26,6 +35,25 @@ class Latency:
     runs: int
     threads: int | None = None
     speedup: float | None = None
+    batch: int | None = None
+    device: str | None = None
+    how: str | None = None
+
+    @property
+    def spread(self) -> float:
+        """(p90 - p10) / median: the width of the middle 80 % of the runs as a share of the median."""
+        return (self.p90_ms - self.p10_ms) / self.median_ms
+
+    @property
+    def noise_ms(self) -> float:
+        r"""The standard error of the median, from the spread and the number of runs.
+
+        \sqrt{\pi / 2} \sigma / \sqrt{runs}, with \sigma = (p90 - p10) / 2.563 as of a normal distribution; infinite for
+        fewer than 10 runs. Runs count as independent: a machine that is slower for minutes is not in it.
+        """
+        if self.runs < FEWEST_RUNS:
+            return math.inf
+        return math.sqrt(math.pi / 2) * (self.p90_ms - self.p10_ms) / 2.563 / math.sqrt(self.runs)
 
 
 def measure_latency(
@@ -87,6 +115,78 @@ def compare_latency(
         name: _summary(own_ms, threads, speedup=float(np.median(first_ms / own_ms)))
         for name, own_ms in times_ms.items()
     }
+
+
+def faster(first: Latency, second: Latency) -> bool | None:
+    """Say whether the first is faster than the second, or None: their difference is within the noise.
+
+    It is when the medians differ by no more than three standard errors of their difference (`Latency.noise_ms`).
+
+    >>> faster(Latency(1.0, 0.9, 1.1, 0.8, runs=50), Latency(2.0, 1.9, 2.1, 1.8, runs=50))
+    True
+    >>> faster(Latency(1.0, 0.5, 3.0, 0.4, runs=50), Latency(1.1, 0.5, 3.0, 0.4, runs=50)) is None
+    True
+    """
+    noise_ms = ERRORS * math.hypot(first.noise_ms, second.noise_ms)
+    difference_ms = second.median_ms - first.median_ms
+    return None if abs(difference_ms) <= noise_ms else difference_ms > 0
+
+
+def latency_of(
+    module: nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    compiled: bool = False,
+    warmup: int = 10,
+    runs: int = 50,
+) -> Latency:
+    """Time a module's forward, in eval mode and without gradients, where its parameters are. Runs after training.
+
+    On CUDA each run waits for its work. Layers get the mode they were in back. `threads` is torch's own number on a
+    CPU, `batch` the first dimension of the first tensor among the inputs.
+
+    Args:
+        module: the model; what `torch.export` made of one too: `program.module()`.
+        args: its inputs, on its device.
+        kwargs: its inputs by name.
+        compiled: time `torch.compile(module)`, compiled in the warm-up.
+        warmup: untimed runs first.
+        runs: timed runs.
+
+    Raises:
+        ValueError: `runs` below 1, `warmup` below 0, or below 1 where it has to compile.
+
+    >>> latency_of(nn.Linear(3, 2), (torch.zeros(5, 3),), runs=10).batch
+    5
+    """
+    _check(warmup if not compiled else warmup - 1, runs, None)
+    inputs = [value for value in (*args, *(kwargs or {}).values()) if isinstance(value, Tensor)]
+    device = next((tensor.device for tensor in (*module.parameters(), *inputs)), torch.device("cpu"))
+    run = torch.compile(module) if compiled else module
+
+    def call() -> None:
+        run(*args, **(kwargs or {}))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    threads = torch.get_num_threads() if device.type == "cpu" else None
+    with _evaluating(module), torch.no_grad():
+        timed = measure_latency(call, warmup=warmup, runs=runs, threads=threads)
+    batch = next((tensor.shape[0] for tensor in inputs if tensor.dim()), None)
+    return replace(timed, batch=batch, device=str(device), how="compiled" if compiled else "eager")
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    modes = [(layer, layer.training) for layer in module.modules()]
+    for layer, _ in modes:
+        layer.training = False  # not eval(), which a module may have overridden
+    try:
+        yield
+    finally:
+        for layer, training in modes:
+            layer.training = training
 
 
 def _check(warmup: int, runs: int, threads: int | None) -> None:
