@@ -64,10 +64,11 @@ def compare_attributions(
         target = sides[0](first, *others).argmax(dim=-1) if target is None else target
         _check(first, target, method, embedding)
         found = [_attributed(side, first, target, _Way(method, embedding, baseline, steps)) for side in sides]
-        gaps = None
+        gaps: tuple[Tensor, Tensor] | None = None
         if method == "integrated_gradients":
             rises = [side.rise(first, target, baseline) for side in sides]
-            gaps = tuple(one.flatten(1).sum(dim=1) - rise for one, rise in zip(found, rises, strict=True))
+            first_gap, second_gap = (one.flatten(1).sum(dim=1) - rise for one, rise in zip(found, rises, strict=True))
+            gaps = first_gap, second_gap
     if embedding is not None:
         found = [each.sum(dim=-1) for each in found]
     if found[0].shape != found[1].shape or len(found[0]) != len(first):
@@ -77,7 +78,7 @@ def compare_attributions(
         )
     mask = named.get("attention_mask")
     kept = mask > 0 if mask is not None and mask.shape == found[0].shape else None
-    return Attributions(_name(method), first.detach(), target, *found, kept, gaps)
+    return Attributions(_name(method), first.detach(), target, found[0], found[1], kept, gaps)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ Each is drawn as wide as a telephone shows it; a page on a desk puts two beside 
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -29,8 +30,8 @@ _STYLE = {
     "font.size": 8.0,
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK),
 }
-_NAME_LETTERS = 56  # what fits over a bar
-_CLASS_LETTERS = 20
+_NAME_LETTERS = 54  # what fits over a bar
+_CLASS_LETTERS = 19
 
 
 def tradeoff_chart(points: Sequence[tuple[float, float, str]]) -> str:
@@ -42,15 +43,18 @@ def tradeoff_chart(points: Sequence[tuple[float, float, str]]) -> str:
     Raises:
         ImportError: matplotlib is not installed.
     """
+    sizes, accuracies = [size / 1e6 for size, _, _ in points], [100 * accuracy for _, accuracy, _ in points]
+    wide = min(sizes) > 0 and max(sizes) > 20 * min(sizes)  # many recipes of one model: a log scale keeps them apart
 
     def draw(figure: Figure) -> None:
         axes = figure.add_axes((0.15, 0.15, 0.8, 0.78))
-        sizes = [size / 1e6 for size, _, _ in points]
-        for number, ((_, accuracy, side), size) in enumerate(zip(points, sizes, strict=True), 1):
-            color = BEFORE if side == "before" else AFTER
-            axes.plot([size], [100 * accuracy], "o", color=color, markersize=14)
-            axes.annotate(str(number), (size, 100 * accuracy), ha="center", va="center_baseline", color="#000000")
-        if min(sizes) > 0 and max(sizes) > 20 * min(sizes):
+        for size, accuracy, (_, _, side) in zip(sizes, accuracies, points, strict=True):
+            axes.plot([size], [accuracy], "o", color=BEFORE if side == "before" else AFTER, markersize=9)
+        for (size, accuracy), numbers in _close(sizes, accuracies, wide):
+            text = ", ".join(str(number) for number in numbers)
+            above: dict[str, Any] = {"xytext": (0, 7), "textcoords": "offset points", "ha": "center"}
+            axes.annotate(text, (size, accuracy), fontsize=9, **above)
+        if wide:
             axes.set_xscale("log")
         else:
             axes.set_xlim(0, (max(sizes) or 1.0) * 1.12)
@@ -59,6 +63,25 @@ def tradeoff_chart(points: Sequence[tuple[float, float, str]]) -> str:
         _plain_axes(axes)
 
     return _svg(draw, 3.0)
+
+
+def _close(
+    sizes: Sequence[float], accuracies: Sequence[float], wide: bool
+) -> list[tuple[tuple[float, float], list[int]]]:
+    """Gather points whose numbers would lie on each other: where, and the numbers that are written there."""
+    across = [math.log(size) if wide else size for size in sizes]
+    width = (max(across) - min(across) if wide else max(across)) or 1.0
+    height = (max(accuracies) - min(accuracies)) or 1.0
+    found: list[tuple[int, list[int]]] = []
+    for index in range(len(sizes)):
+        for first, numbers in found:
+            near = abs(across[index] - across[first]) < 0.06 * width
+            if near and abs(accuracies[index] - accuracies[first]) < 0.09 * height:
+                numbers.append(index + 1)
+                break
+        else:
+            found.append((index, [index + 1]))
+    return [((sizes[first], accuracies[first]), numbers) for first, numbers in found]
 
 
 def schedule_chart(history: Sequence[tuple[int, float, float]]) -> str:
@@ -87,7 +110,7 @@ def layers_chart(layers: Sequence[LayerChange]) -> str:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    height = 0.34 * len(layers) + 0.35
+    height = 0.42 * len(layers) + 0.35
 
     def draw(figure: Figure) -> None:
         bottom, rows = 0.05 / height, (height - 0.3) / height
@@ -97,12 +120,12 @@ def layers_chart(layers: Sequence[LayerChange]) -> str:
         for axes, title, full in ((zeros, "sparsity", 1.0), (bits, "bits", float(widest))):
             axes.set_xlim(0, full * 1.32)  # room for the value at the end of the longest bar
             axes.set_title(title, loc="left", fontsize=8)
-            axes.spines[["top", "right", "bottom"]].set_visible(False)
+            axes.spines[:].set_visible(False)
             axes.set(xticks=[], yticks=[])
         zeros.set_ylim(len(layers), 0)
         for place, layer in enumerate(layers):
-            zeros.text(0, place + 0.27, f" {_short(layer.name, _NAME_LETTERS)}", fontsize=7)
-            for row, offset, color in ((layer.before, 0.46, BEFORE), (layer.after, 0.74, AFTER)):
+            _write(zeros, _short(layer.name, _NAME_LETTERS), (0, place + 0.17), 8)
+            for row, offset, color in ((layer.before, 0.47, BEFORE), (layer.after, 0.75, AFTER)):
                 _layer_bars(zeros, bits, row, place + offset, color)
 
     return _svg(draw, height)
@@ -110,11 +133,21 @@ def layers_chart(layers: Sequence[LayerChange]) -> str:
 
 def _layer_bars(zeros: Axes, bits: Axes, row: LayerRow | None, place: float, color: str) -> None:
     if row is None:
-        zeros.text(0, place, f"  {NOT_MEASURED}", fontsize=6, va="center_baseline")
+        _write(zeros, NOT_MEASURED, (0, place), 7)
         return
     for axes, value, label in ((zeros, row.sparsity, f"{row.sparsity:.4f}"), (bits, row.bits, str(row.bits))):
         axes.barh(place, value, height=0.25, color=color)
-        axes.text(value, place, f"  {label}", fontsize=6, va="center_baseline")
+        _write(axes, label, (value, place), 7)
+
+
+def _write(axes: Axes, text: str, at: tuple[float, float], size: float, side: int = 1) -> None:
+    """Put text beside a point, a little away from it: to the right, or with `side` -1 to the left."""
+    away: dict[str, Any] = {
+        "xytext": (3 * side, 0),
+        "textcoords": "offset points",
+        "ha": "left" if side > 0 else "right",
+    }
+    axes.annotate(text, at, fontsize=size, va="center_baseline", **away)
 
 
 def deltas_chart(deltas: Sequence[tuple[str, float]]) -> str:
@@ -126,21 +159,21 @@ def deltas_chart(deltas: Sequence[tuple[str, float]]) -> str:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    height = 0.2 * len(deltas) + 0.2
+    height = 0.22 * len(deltas) + 0.2
 
     def draw(figure: Figure) -> None:
         axes = figure.add_axes((0.33, 0.1 / height, 0.65, (height - 0.2) / height))
         values = [100 * delta for _, delta in deltas]
         reach = max((abs(value) for value in values), default=0.0) or 1.0
-        axes.set_xlim(-1.6 * reach, 1.6 * reach)
+        # Room for the value at the end of the longest bar, on the sides that have bars.
+        axes.set_xlim(*(side * reach * (1.5 if any(side * v > 0 for v in values) else 0.4) for side in (-1, 1)))
         axes.set_ylim(len(deltas), 0)
         axes.barh([place + 0.5 for place in range(len(values))], values, height=0.62, color=AFTER)
         axes.axvline(0, color=_INK, linewidth=0.8)
+        left = axes.get_xlim()[0]
         for place, ((name, _), value) in enumerate(zip(deltas, values, strict=True)):
-            side = {"ha": "left", "x": max(value, 0.0)} if value >= 0 else {"ha": "right", "x": value}
-            axes.text(y=place + 0.5, s=f" {value:+.2f} " if value else " 0 ", va="center_baseline", fontsize=7, **side)
-            left = {"transform": axes.get_yaxis_transform(), "ha": "right", "va": "center_baseline"}
-            axes.text(-0.02, place + 0.5, _short(name, _CLASS_LETTERS), fontsize=7.5, **left)
+            _write(axes, f"{value:+.2f}" if value else "0", (value, place + 0.5), 8, 1 if value >= 0 else -1)
+            _write(axes, _short(name, _CLASS_LETTERS), (left, place + 0.5), 8, -1)
         axes.spines[:].set_visible(False)
         axes.set(xticks=[], yticks=[])
 

@@ -33,7 +33,7 @@ def flip_card(flip: Flip, examples: Examples) -> str:
         f"after: {name(flip.after)} ({percent(flip.confidence_after)} left for {name(flip.before)})",
     ]
     shown = image(picture, f"example {flip.index}") if picture is not None else f"<p>{escaped(text)}</p>"
-    return f"<li>{shown}" + "".join(f"<div>{escaped(line)}</div>" for line in said) + "</li>"
+    return f"<li>{shown}" + "".join(f"<div>{escaped(line).replace(' %', '&nbsp;%')}</div>" for line in said) + "</li>"
 
 
 def heat_colors(values: np.ndarray) -> np.ndarray:
@@ -46,7 +46,8 @@ def heat_colors(values: np.ndarray) -> np.ndarray:
     scale = np.abs(values).max(initial=0.0) or 1.0
     strength = (np.abs(values) / scale)[..., None]
     full = np.where(values[..., None] >= 0, (214.0, 45.0, 32.0), (33.0, 102.0, 204.0))
-    return (255.0 + strength * (full - 255.0)).round().astype(np.uint8)
+    colors: np.ndarray = (255.0 + strength * (full - 255.0)).round().astype(np.uint8)
+    return colors
 
 
 def attribution_example(each: Attributions, index: int, report: Report) -> str:

@@ -161,7 +161,7 @@ def _answers(report: Report) -> Iterator[_Part]:
         deltas, caption = _deltas(rows, report)
         chart = _drawn(partial(deltas_chart, deltas), caption)
         cells = table(SLICE_HEADER, [slice_cells(row, report) for row in rows], "Accuracy by class and slice")
-        yield "classes", "Accuracy by class", f'<div class="charts">{chart}<div>{cells}</div></div>'
+        yield "classes", "Accuracy by class", chart + cells
     cards = "".join(flip_card(flip, report.examples) for flip in found.flips[:FLIPS_SHOWN])
     body = [paragraph(text) for name, text in details_of(report) if name == "answers"][:1]
     if found.flips:
@@ -191,4 +191,4 @@ def _explanations(report: Report) -> Iterator[_Part]:
         )
         said = [paragraph(text) for name, text in details_of(report) if name == "attributions"]
         body = "\n".join([said[number - 1], paragraph(note, "faint"), examples])
-        yield f"attributions-{number}", f"What the models look at ({each.method})", body
+        yield f"attributions-{number}", f"Attributions {number}: {each.method.replace('_', ' ')}", body

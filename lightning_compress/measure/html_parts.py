@@ -14,6 +14,9 @@ from lightning_compress.measure.rows import Row
 
 __all__ = ["escaped", "figure", "image", "paragraph", "png", "section", "table", "table_of_rows"]
 
+TALL = 30  # rows that a page holds without a scroll bar of their own
+SHORT, LONG = 9, 24  # letters of a cell that stays in one line everywhere, and on a wide screen
+
 
 def escaped(text: object) -> str:
     """Text that is shown as it is, whatever stands in it.
@@ -41,15 +44,26 @@ def figure(drawing: str, caption: str) -> str:
 
 def table(header: Sequence[object], rows: Sequence[Sequence[object]], label: str) -> str:
     """A table that scrolls by itself where the screen is narrow; the first column names the row."""
-    heads = "".join(f'<th scope="col">{escaped(cell)}</th>' for cell in header)
+    heads = "".join(_cell(cell, "th", ' scope="col"') for cell in header)
     lines = [
-        f'<tr><th scope="row">{escaped(first)}</th>' + "".join(f"<td>{escaped(cell)}</td>" for cell in rest) + "</tr>"
+        "<tr>" + _cell(first, "th", ' scope="row"') + "".join(_cell(cell, "td") for cell in rest) + "</tr>"
         for first, *rest in rows
     ]
+    kind = "scroll tall" if len(rows) > TALL else "scroll"
     return (
-        f'<div class="scroll" role="region" aria-label="{escaped(label)}" tabindex="0"><table>'
+        f'<div class="{kind}" role="region" aria-label="{escaped(label)}" tabindex="0"><table>'
         f"<thead><tr>{heads}</tr></thead>\n<tbody>\n" + "\n".join(lines) + "\n</tbody></table></div>"
     )
+
+
+def _cell(text: object, tag: str, more: str = "") -> str:
+    """A cell; a long one is broken into lines, after dots if it can be, and a short one never is."""
+    size = len(str(text))
+    if size <= SHORT:
+        return f'<{tag}{more} class="short">{escaped(text)}</{tag}>'
+    if size <= LONG:
+        return f"<{tag}{more}>{escaped(text)}</{tag}>"
+    return f'<{tag}{more} class="long">{escaped(text).replace(".", ".<wbr>")}</{tag}>'
 
 
 def table_of_rows(rows: Sequence[Row], label: str) -> str:

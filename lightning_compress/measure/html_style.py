@@ -23,12 +23,16 @@ nav ul { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; padding: 0; list-s
 .tiles li { background: var(--card); border-radius: .5rem; padding: .6rem .8rem; }
 .tiles b { display: block; font-size: 1.15rem; }
 .faint, figcaption, .tiles span { color: var(--faint); font-size: .875rem; }
-.scroll { overflow-x: auto; max-height: 34rem; overflow-y: auto; border: 1px solid var(--line); border-radius: .5rem; }
+.scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: .5rem; }
+.tall { max-height: 34rem; overflow-y: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .9375rem; }
 th, td { padding: .35rem .7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
-th:first-child { text-align: left; font-weight: 500; }
-thead th { background: var(--card); position: sticky; top: 0; white-space: normal; overflow-wrap: anywhere;
-  min-width: 6rem; }
+th:first-child { text-align: left; font-weight: 500; position: sticky; left: 0; background: var(--paper); }
+.long { white-space: normal; overflow-wrap: anywhere; min-width: 14rem; }
+thead th, thead th:first-child { background: var(--card); position: sticky; top: 0; white-space: normal; }
+thead th { min-width: 4.5rem; }
+.charts .long { min-width: 8rem; }
+.short, thead .short { white-space: nowrap; }
 tbody tr:last-child > * { border-bottom: 0; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 1.5rem;
   align-items: start; }
@@ -50,5 +54,8 @@ img { display: block; width: 100%; max-width: 9rem; height: auto; image-renderin
 .strip span { padding: .1rem .3rem; border-radius: .2rem; color: #111111; font-size: .875rem; overflow-wrap: anywhere; }
 dt { font-weight: 600; }
 dd { margin: 0 0 .5rem 1rem; }
-@media print { .scroll { max-height: none; overflow: visible; } }
+@media (max-width: 36rem) { th, td { padding: .3rem .35rem; } table { font-size: .8125rem; }
+  td, tbody th { white-space: normal; } td.short { white-space: nowrap; } thead th { min-width: 3.5rem; }
+  .long { min-width: 7rem; } }
+@media print { .tall { max-height: none; overflow: visible; } }
 """

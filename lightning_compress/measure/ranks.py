@@ -19,7 +19,8 @@ def average_ranks(values: Tensor) -> Tensor:
     """
     _, which, counts = torch.unique(values, return_inverse=True, return_counts=True)
     last = counts.cumsum(0).double()
-    return (last - (counts.double() - 1.0) / 2.0)[which]
+    ranks = last - (counts.double() - 1.0) / 2.0
+    return ranks.index_select(0, which)
 
 
 def spearman(first: Tensor, second: Tensor) -> float:
