@@ -7,7 +7,7 @@ import dataclasses
 import importlib
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,13 @@ def main(argv: Sequence[str] = ()) -> int:
     if len(names) != 2 or not all(names):
         parser.error(f"--names takes two names with a comma between them, got {options.names!r}")
     try:
-        report = report_of_files(
-            options.before, options.after, _data(options.data), names, options.batch_size, options.threads
-        )
+        function = None if options.data is None else _function(options.data)
+    except (ValueError, ImportError) as error:
+        parser.error(str(error))
+    answer = None if function is None else function()  # an error of the user's own code keeps its traceback
+    try:
+        data = None if function is None else _pair(answer, options.data)
+        report = report_of_files(options.before, options.after, data, names, options.batch_size, options.threads)
     except (ValueError, FileNotFoundError, ImportError) as error:
         parser.error(str(error))
     show(report, sys.stdout)
@@ -122,18 +126,20 @@ def _said(layers: Sequence[LayerChange], names: tuple[str, str]) -> str:
     return text
 
 
-def _data(where: str | None) -> tuple[Any, Any] | None:
-    """Call the user's function; its module is looked for in the current folder, too."""
-    if where is None:
-        return None
+def _function(where: str) -> Callable[[], Any]:
+    """Find the user's function; its module is looked for in the current folder, too."""
     module_name, _, function_name = where.partition(":")
     if not module_name or not function_name:
         raise ValueError(f"--data takes module:function, such as my_project.data:test_set, got '{where}'")
-    function = getattr(importlib.import_module(module_name), function_name, None)
-    if not callable(function):
+    found = getattr(importlib.import_module(module_name), function_name, None)
+    if found is None:
         raise ValueError(f"expected a function '{function_name}' in {module_name}, found none; check --data")
-    data = function()
-    if not isinstance(data, (tuple, list)) or len(data) != 2:
-        got = f"{len(data)} values" if isinstance(data, (tuple, list)) else type(data).__name__
-        raise ValueError(f"expected (inputs, labels) from {where}, got {got}")
-    return data[0], data[1]
+    return found  # type: ignore[no-any-return]
+
+
+def _pair(answer: Any, where: str) -> tuple[Any, Any]:
+    """Check what the user's function returned."""
+    if isinstance(answer, (tuple, list)) and len(answer) == 2:
+        return answer[0], answer[1]
+    got = f"{len(answer)} values" if isinstance(answer, (tuple, list)) else type(answer).__name__
+    raise ValueError(f"expected (inputs, labels) from {where}, got {got}")

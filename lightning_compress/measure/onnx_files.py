@@ -95,7 +95,7 @@ def compare_onnx(
         *measured,
         about=_about(len(wanted), batch_size),
         layers=layer_changes(*(per_layer_onnx(path) for path in paths)),
-        differences=_differences(*logits, wanted),
+        differences=_differences(logits[0], logits[1], wanted),
     )
 
 

@@ -19,8 +19,9 @@ def average_ranks(values: Tensor) -> Tensor:
     """
     _, which, counts = torch.unique(values, return_inverse=True, return_counts=True)
     last = counts.cumsum(0).double()
-    ranks = last - (counts.double() - 1.0) / 2.0
-    return ranks.index_select(0, which)
+    shared: Tensor = last - (counts.double() - 1.0) / 2.0
+    ranks: Tensor = shared[which]
+    return ranks
 
 
 def spearman(first: Tensor, second: Tensor) -> float:

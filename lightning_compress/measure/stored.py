@@ -72,7 +72,7 @@ def stored_tensors(path: str | Path) -> dict[str, Tensor]:
     Arguments and errors are those of `measure_file`.
     """
     path = _checked(path)
-    content = _safetensors(path) if path.suffix.lower() == ".safetensors" else _checkpoint(path)
+    content: Any = _safetensors(path) if path.suffix.lower() == ".safetensors" else _checkpoint(path)
     named = content.get("state_dict", content) if isinstance(content, Mapping) else None
     tensors = {clean_name(str(name)): value for name, value in (named or {}).items() if isinstance(value, Tensor)}
     if not tensors:
