@@ -138,7 +138,11 @@ def _by_captum(side: _Side, first: Tensor, target: Tensor, way: _Way) -> Tensor:
         strides = tuple(max(1, size // 2) for size in window)
         # Over channels a window has one place only.
         strides = (window[0], *strides[1:]) if len(window) == 3 else strides
-        options |= {"strides": strides, "baselines": way.baseline, "perturbations_per_eval": max(1, BATCH // len(first))}
+        options |= {
+            "strides": strides,
+            "baselines": way.baseline,
+            "perturbations_per_eval": max(1, BATCH // len(first)),
+        }
         found = Occlusion(side).attribute(first, window, **options)
     else:
         options |= {"n_steps": way.steps, "internal_batch_size": max(BATCH, len(first))}

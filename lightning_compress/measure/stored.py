@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ __all__ = ["KINDS", "measure_file", "stored_layers", "stored_tensors"]
 
 CHECKPOINTS = (".ckpt", ".pt", ".pth", ".bin")
 KINDS = (".onnx", ".safetensors", *CHECKPOINTS)
+# What bytes that were never a checkpoint make of torch's reader, which follows them as if they were one.
+_UNREADABLE = (pickle.UnpicklingError, EOFError, RuntimeError, LookupError, ValueError, TypeError, AttributeError)
 _WEIGHT_TYPES = (torch.int8, torch.uint8)  # besides all floating ones; wider integers are counters and indices
 
 
@@ -118,15 +121,17 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
 def _checkpoint(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+    except _UNREADABLE as error:
         raise ValueError(
             f"expected a checkpoint of tensors, but '{path}' cannot be read as one without running code from it; write "
-            f"it with torch.save(model.state_dict(), path) ({_first_sentence(error)})"
+            f"it with torch.save(model.state_dict(), path) ({_cause(error)})"
         ) from error
 
 
-def _first_sentence(error: BaseException) -> str:
-    return str(error).split("\n", 1)[0].split(". ", 1)[0]
+def _cause(error: BaseException) -> str:
+    """The part of torch's page of advice that says what was met: an object that is no tensor, or a broken file."""
+    refused = re.search(r"WeightsUnpickler error: ([^\n]*)", str(error))
+    return refused.group(1).split(" Please ")[0] if refused else f"{type(error).__name__}: {error!s}"[:200]
 
 
 def _is_weight(tensor: Tensor) -> bool:
