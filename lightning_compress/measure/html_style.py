@@ -50,6 +50,7 @@ img { display: block; width: 100%; max-width: 9rem; height: auto; image-renderin
 .example { margin: 1.25rem 0; }
 .beside { display: grid; grid-template-columns: repeat(3, minmax(0, 9rem)); gap: .5rem; }
 .beside figure { margin: 0; }
+.beside img { border: 1px solid var(--line); }
 .strip { display: flex; flex-wrap: wrap; gap: 2px; margin: .25rem 0 .5rem; }
 .strip span { padding: .1rem .3rem; border-radius: .2rem; color: #111111; font-size: .875rem; overflow-wrap: anywhere; }
 dt { font-weight: 600; }

@@ -30,6 +30,8 @@ __all__ = [
     "zipped_bytes",
 ]
 
+_NO_WEIGHTS = ("bool", "int32", "int64", "uint32", "uint64")  # types of an ONNX file's indices, masks and shapes
+
 
 @dataclass(frozen=True)
 class Count:
@@ -168,8 +170,9 @@ def _place(tensor: Tensor) -> tuple[object, ...]:
 def count_nonzero_onnx(path: str | Path, min_dims: int = 2) -> Count:
     """Count the weights of an ONNX file that do not stand for zero.
 
-    Weights are initializers of at least `min_dims` dimensions: biases, scales and zero points have fewer. A
-    weight that a DequantizeLinear reads is zero where it equals its zero point.
+    Weights are initializers of at least `min_dims` dimensions: biases, scales and zero points have fewer. Indices and
+    masks, integers of 32 bits or more and bool, are none. A weight that a DequantizeLinear reads is zero where it
+    equals its zero point.
 
     Raises:
         ImportError: onnx is not installed.
@@ -198,7 +201,7 @@ def per_layer_onnx(path: str | Path, min_dims: int = 2) -> list[LayerRow]:
     values = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     zeros, rows = _zero_points(model, values), list[LayerRow]()
     for name, value in values.items():
-        if value.ndim >= min_dims:
+        if value.ndim >= min_dims and value.dtype.name not in _NO_WEIGHTS:
             count = Count(int((value != zeros.get(name, 0)).sum()), value.size)
             # 4-bit types come as arrays of ml_dtypes, one to a byte; their names say how wide they are.
             bits = 4 if value.dtype.name in ("int4", "uint4") else value.dtype.itemsize * 8

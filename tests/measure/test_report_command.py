@@ -98,6 +98,17 @@ def test_an_onnx_file_and_a_checkpoint_count_the_same_weights(folder):
     assert [row.name for row in stored_layers(folder / "small.onnx")] == ["2.weight", "0.weight"]
 
 
+def test_products_of_tokens_have_the_names_of_the_checkpoint(tmp_path):
+    """The exporter folds the transposed weight of a product of three dimensions into a constant that it numbers."""
+    torch.manual_seed(0)
+    net, tokens = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3)).eval(), torch.randn(4, 5, 8)
+    export_onnx(net, tmp_path / "float.onnx", (tokens,))
+    export_onnx(net, tmp_path / "int8.onnx", (tokens,), ranges=quantize_post_training(net, [(tokens,)]))
+    torch.save(net.state_dict(), tmp_path / "net.pt")
+    names = [{row.name for row in stored_layers(tmp_path / name)} for name in ("float.onnx", "int8.onnx", "net.pt")]
+    assert names == [{"0.weight", "2.weight"}] * 3
+
+
 def test_what_only_one_file_has_is_said(run, folder, tmp_path):
     other = {
         "0.weight": torch.ones(32, 8),
