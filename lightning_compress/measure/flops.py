@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -87,6 +88,9 @@ def _counting() -> Iterator[FlopCounterMode]:
         stack.enter_context(plain_forward())
         if "torch._dynamo" in sys.modules:  # else nothing can be compiled; importing it takes seconds
             stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(warnings.catch_warnings())
+            # of the counter's own hooks, which see a compiled module's wrapper too; nothing is counted by them here
+            warnings.filterwarnings("ignore", "Using `torch.compile\\(module\\)` when there are global hooks")
         yield stack.enter_context(FlopCounterMode(display=False, custom_mapping=recurrent_kernels()))
 
 
