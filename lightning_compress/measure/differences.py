@@ -154,11 +154,13 @@ def mcnemar_p(right_to_wrong: int, wrong_to_right: int) -> float:
     0.0625
     """
     n, least = right_to_wrong + wrong_to_right, min(right_to_wrong, wrong_to_right)
-    term = total = 1
-    for i in range(1, least + 1):
-        term = term * (n - i + 1) // i
-        total += term
-    return min(1.0, 2 * total / (1 << n))
+    share = total = 1.0  # of the largest term, C(n, least): those below it, until they add nothing
+    for i in range(least, 0, -1):
+        share *= i / (n - i + 1)
+        if share < 1e-17 * total:
+            break
+        total += share
+    return min(1.0, 2 * (math.comb(n, least) / (1 << n)) * total)
 
 
 def _answers(before: Tensor, after: Tensor, kept: Tensor) -> _Answers:
