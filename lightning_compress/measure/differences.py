@@ -160,7 +160,14 @@ def mcnemar_p(right_to_wrong: int, wrong_to_right: int) -> float:
         if share < 1e-17 * total:
             break
         total += share
-    return min(1.0, 2 * (math.comb(n, least) / (1 << n)) * total)
+    return min(1.0, 2 * _binomial(n, least) * total)
+
+
+def _binomial(n: int, k: int) -> float:
+    """C(n, k) / 2^n: exact to a float's precision, or to nine digits where the integers would take seconds."""
+    if n <= 4096:
+        return math.comb(n, k) / (1 << n)
+    return math.exp(math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) - n * math.log(2))
 
 
 def _answers(before: Tensor, after: Tensor, kept: Tensor) -> _Answers:

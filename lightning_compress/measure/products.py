@@ -43,12 +43,12 @@ def _formula(weights_of: Callable[[Sequence[Any]], Sequence[Any]]) -> Callable[.
 class ZeroProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the multiply-accumulates by zeros of given weights; those of any other tensor are left to others.
 
-    A tensor is a weight's when it has the weight's memory, however it is viewed.
+    A tensor is a weight's when it has the weight's memory, however it is viewed. Sparse layouts have none to be known by.
     """
 
     def __init__(self, weights: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.storages = {_storage(weight) for weight in weights if weight.numel()}
+        self.storages = {_storage(weight) for weight in weights if weight.numel() and weight.layout is torch.strided}
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -80,7 +80,7 @@ class ZeroProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return weight.numel() - int(torch.count_nonzero(weight)) if self._is_weight(weight) else 0
 
     def _is_weight(self, tensor: Tensor) -> bool:
-        return _storage(tensor) in self.storages
+        return tensor.layout is torch.strided and _storage(tensor) in self.storages
 
 
 def _positions(tensor: Tensor) -> int:

@@ -37,6 +37,11 @@ def p_by_enumeration(b, c):
     return sum(abs(heads - (b + c) / 2) >= abs(b - c) / 2 for heads in falls) / len(falls)
 
 
+def p_by_integers(b, c):
+    tail = Fraction(2 * sum(math.comb(b + c, i) for i in range(min(b, c) + 1)), 2 ** (b + c))
+    return float(min(Fraction(1), tail))
+
+
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 999), rows=st.integers(1, 40), classes=st.integers(1, 5))
 def test_numbers_over_the_whole_are_numpy_s(seed, rows, classes):
@@ -84,8 +89,12 @@ def test_the_p_value_is_the_share_of_coin_falls(b, c):
 @settings(max_examples=60, deadline=None)
 @given(b=st.integers(0, 300), c=st.integers(0, 300))
 def test_the_p_value_is_the_exact_fraction_to_a_float_s_precision(b, c):
-    tail = Fraction(2 * sum(math.comb(b + c, i) for i in range(min(b, c) + 1)), 2 ** (b + c))
-    assert mcnemar_p(b, c) == pytest.approx(float(min(Fraction(1), tail)), rel=1e-13)
+    assert mcnemar_p(b, c) == pytest.approx(p_by_integers(b, c), rel=1e-13)
+
+
+@pytest.mark.parametrize(("b", "c"), [(2100, 2050), (4000, 100)])
+def test_above_4096_flips_it_has_nine_digits(b, c):
+    assert mcnemar_p(b, c) == pytest.approx(p_by_integers(b, c), rel=1e-9)
 
 
 def test_the_p_value_of_many_flips_is_that_of_the_normal_distribution():

@@ -254,3 +254,15 @@ def test_effective_macs_whichever_side_the_weight_is_on():
     expected = int((a @ b).sum()) + 4 * int((net.many != 0).sum()) + 2 * 3 * int((net.up.weight != 0).sum()) + 3 * 4 * 5
     assert effective_macs(net, (x,)) == expected
     assert count_macs(net, (x,)) == 4 * 6 * 3 + 2 * 4 * 3 * 4 + 2 * 3 * 4 * 3 * 3 + 3 * 4 * 5
+
+
+def test_a_weight_of_sparse_layout_counts_as_dense():
+    class Sparse(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.eye(4).to_sparse_coo())
+
+        def forward(self, x):
+            return torch.sparse.mm(self.weight, x)
+
+    assert effective_macs(Sparse(), (torch.ones(4, 3),)) == count_macs(Sparse(), (torch.ones(4, 3),))
