@@ -55,11 +55,11 @@ def mobilenet_v2_by_hand(batch, side):
     return batch * (total + side**2 * width * 1280 + 1280 * 1000)
 
 
-def bert():
+def bert(attention="eager"):
     from transformers import BertConfig, BertForSequenceClassification
 
     sizes = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 256}
-    config = BertConfig(**sizes, vocab_size=100, num_labels=3, attn_implementation="eager")
+    config = BertConfig(**sizes, vocab_size=100, num_labels=3, attn_implementation=attention)
     return BertForSequenceClassification(config).eval(), {"input_ids": torch.zeros(2, 24, dtype=torch.long)}
 
 
@@ -73,6 +73,7 @@ ARCHITECTURES = {
     "ResNet-18": (resnet18, resnet18_by_hand(2, 64)),
     "MobileNetV2": (mobilenet_v2, mobilenet_v2_by_hand(2, 64)),
     "BERT": (bert, bert_by_hand(2, 24)),
+    "BERT, fused attention": (lambda: bert("sdpa"), bert_by_hand(2, 24)),
 }
 
 
@@ -93,7 +94,7 @@ def test_whole_networks_have_the_macs_of_the_formulas(name):
 
 
 @pytest.mark.optional
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", ["ResNet-18", "MobileNetV2", "BERT"])
 def test_fvcore_counts_the_same(name):
     fvcore = pytest.importorskip("fvcore.nn", reason="pip install fvcore")
     net, kwargs = ARCHITECTURES[name][0]()
@@ -210,8 +211,9 @@ def test_effective_macs_are_positions_times_nonzero_weights(name):
     assert 0.28 < expected / count_macs(net, kwargs=kwargs) < 0.32
 
 
-def test_attention_keeps_its_products_of_activations():
-    net, kwargs = bert()
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_attention_keeps_its_products_of_activations(attention):
+    net, kwargs = bert(attention)
     for parameter in net.parameters():
         nn.init.zeros_(parameter)
     assert effective_macs(net, kwargs=kwargs) == 2 * 3 * 2 * 24**2 * 64
@@ -266,3 +268,24 @@ def test_a_weight_of_sparse_layout_counts_as_dense():
             return torch.sparse.mm(self.weight, x)
 
     assert effective_macs(Sparse(), (torch.ones(4, 3),)) == count_macs(Sparse(), (torch.ones(4, 3),))
+
+
+class Experts(nn.Module):
+    """Ten rows go to three experts, and a product of integers besides."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.Parameter(torch.ones(3, 8, 16, dtype=torch.bfloat16))
+
+    def forward(self, x):
+        ends = torch.tensor([2, 2, 10], dtype=torch.int32)
+        rows = nn.functional.grouped_mm(x, self.experts, offs=ends)
+        batches = nn.functional.grouped_mm(x.expand(3, 10, 8), self.experts)
+        codes = torch.ones(17, 8, dtype=torch.int8)
+        return rows, batches, torch._int_mm(codes, codes.T[:, :16].contiguous())
+
+
+@pytest.mark.skipif(not hasattr(nn.functional, "grouped_mm"), reason="torch has it since 2.10")
+def test_products_of_experts_and_of_integers_count():
+    x = torch.ones(10, 8, dtype=torch.bfloat16)
+    assert count_macs(Experts(), (x,)) == 10 * 8 * 16 + 3 * 10 * 8 * 16 + 17 * 8 * 16
