@@ -154,11 +154,20 @@ def mcnemar_p(right_to_wrong: int, wrong_to_right: int) -> float:
     0.0625
     """
     n, least = right_to_wrong + wrong_to_right, min(right_to_wrong, wrong_to_right)
-    term = total = 1
-    for i in range(1, least + 1):
-        term = term * (n - i + 1) // i
-        total += term
-    return min(1.0, 2 * total / (1 << n))
+    share = total = 1.0  # of the largest term, C(n, least): those below it, until they add nothing
+    for i in range(least, 0, -1):
+        share *= i / (n - i + 1)
+        if share < 1e-17 * total:
+            break
+        total += share
+    return min(1.0, 2 * _binomial(n, least) * total)
+
+
+def _binomial(n: int, k: int) -> float:
+    """C(n, k) / 2^n: exact to a float's precision, or to nine digits where the integers would take seconds."""
+    if n <= 4096:
+        return math.comb(n, k) / (1 << n)
+    return math.exp(math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) - n * math.log(2))
 
 
 def _answers(before: Tensor, after: Tensor, kept: Tensor) -> _Answers:

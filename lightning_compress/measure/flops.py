@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_compress.measure.products import ZeroProducts, recurrent_kernels
+from lightning_compress.measure.products import ZeroProducts, fused_kernels
 from lightning_compress.pruning.tracing import plain_forward
 from lightning_compress.sharding import clean_name
 
@@ -26,8 +27,8 @@ TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 def count_macs(module: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> int:
     """Count the multiply-accumulates of one forward in the mode the module is in: half of torch's count of FLOPs.
 
-    Matrix products, convolutions, attention and recurrent layers (whichever library's kernel they run on) count;
-    elementwise operations, norms, pooling and look-ups do not. A compiled module runs uncompiled for this.
+    Matrix products, convolutions, attention and recurrent layers count, also in the fused kernels that torch's counter
+    leaves out; elementwise operations, norms, pooling and look-ups do not. A compiled module runs uncompiled for this.
 
     >>> count_macs(nn.Linear(3, 2), (torch.zeros(5, 3),))
     30
@@ -60,8 +61,8 @@ def effective_macs(module: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[
 
     `count_macs` less, for each use of a parameter in a linear layer, convolution or recurrent layer, its zeros times
     the positions it is used at. Products of activations, as in attention, all count; so do those with a weight that is
-    computed from others (fake-quantized, cast by autocast). What a kernel saves by leaving products out is another
-    matter: only latency tells.
+    computed from others (fake-quantized, cast by autocast) or is one of a mixture's experts in a grouped kernel. What
+    a kernel saves by leaving products out is another matter: only latency tells.
 
     Raises:
         ValueError: a parameter on the meta device, whose values nobody knows.
@@ -87,7 +88,10 @@ def _counting() -> Iterator[FlopCounterMode]:
         stack.enter_context(plain_forward())
         if "torch._dynamo" in sys.modules:  # else nothing can be compiled; importing it takes seconds
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        yield stack.enter_context(FlopCounterMode(display=False, custom_mapping=recurrent_kernels()))
+            stack.enter_context(warnings.catch_warnings())
+            # of the counter's own hooks, which see a compiled module's wrapper too; nothing is counted by them here
+            warnings.filterwarnings("ignore", "Using `torch.compile\\(module\\)` when there are global hooks")
+        yield stack.enter_context(FlopCounterMode(display=False, custom_mapping=fused_kernels()))
 
 
 @contextmanager

@@ -70,7 +70,7 @@ def _on_cuda(call: Callable[[], object], runs: int, device: torch.device) -> Pea
 def _on_cpu(call: Callable[[], object], runs: int) -> PeakMemory:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "trace.json")
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             for _ in range(runs):
                 call()
         profiler.export_chrome_trace(str(path))

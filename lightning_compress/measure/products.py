@@ -1,4 +1,4 @@
-"""What torch's flop counter does not see: recurrent layers' fused kernels, and products by weights that are zero."""
+"""What torch's flop counter does not see: some fused kernels, and products by weights that are zero."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["ZeroProducts", "recurrent_kernels"]
+__all__ = ["ZeroProducts", "fused_kernels"]
 
 aten = torch.ops.aten
 # A library's recurrent kernel -> its weights among the arguments; its input, (..., features), is the first of them.
@@ -22,16 +22,39 @@ RECURRENT: dict[str, Callable[[Sequence[Any]], Sequence[Any]]] = {
 }
 
 
-def recurrent_kernels() -> dict[Any, Callable[..., int]]:
-    """Return formulas of the kernels that nn.LSTM, nn.GRU and nn.RNN run on, as FlopCounterMode takes them.
+# Attention in one kernel, of queries, keys and values (..., tokens, width): those that torch's counter leaves out.
+ATTENTION = (
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_fused_attention_overrideable",
+    "_scaled_dot_product_attention_math_for_mps",
+)
+PRODUCTS = ("_int_mm", "_grouped_mm")
 
-    At each step of each sequence every weight of every gate is used once: steps x weights multiply-accumulates, biases
-    not counted, whether the weights are of inputs, of the hidden state or of its projection.
+
+def fused_kernels() -> dict[Any, Callable[..., int]]:
+    """Return formulas of kernels that torch has none for, as FlopCounterMode takes them. Runs at each count.
+
+    Of nn.LSTM, nn.GRU and nn.RNN: at each step of each sequence every weight of every gate is used once, so it is steps
+    x weights multiply-accumulates, biases not counted, whether the weights are of inputs, of the hidden state or of its
+    projection. Of attention: queries times keys, and probabilities times values, masked or not. Of integers, and of a
+    mixture's experts: as of any product of matrices.
     """
-    return {getattr(aten, name): _formula(weights) for name, weights in RECURRENT.items() if hasattr(aten, name)}
+    formulas = {name: _recurrent(weights) for name, weights in RECURRENT.items()}
+    formulas |= {**dict.fromkeys(ATTENTION, _attention), **dict.fromkeys(PRODUCTS, _product)}
+    return {getattr(aten, name): formula for name, formula in formulas.items() if hasattr(aten, name)}
 
 
-def _formula(weights_of: Callable[[Sequence[Any]], Sequence[Any]]) -> Callable[..., int]:
+def _attention(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    queries: int = math.prod(query[:-1])
+    return 2 * queries * int(key[-2]) * int(query[-1] + value[-1])
+
+
+def _product(left: Any, right: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    groups = int(left[0]) if len(left) == len(right) == 3 else 1  # else each row meets one group alone
+    return 2 * groups * int(left[-2]) * int(left[-1]) * int(right[-1])
+
+
+def _recurrent(weights_of: Callable[[Sequence[Any]], Sequence[Any]]) -> Callable[..., int]:
     def flops(*shapes: Any, out_shape: Any = None, **_: Any) -> int:
         used: int = sum(math.prod(shape) for shape in weights_of(shapes) if len(shape) == 2)
         steps: int = math.prod(shapes[0][:-1])
@@ -43,12 +66,12 @@ def _formula(weights_of: Callable[[Sequence[Any]], Sequence[Any]]) -> Callable[.
 class ZeroProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the multiply-accumulates by zeros of given weights; those of any other tensor are left to others.
 
-    A tensor is a weight's when it has the weight's memory, however it is viewed.
+    A tensor is a weight's when it has the weight's memory, however it is viewed; one of sparse layout is none.
     """
 
     def __init__(self, weights: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.storages = {_storage(weight) for weight in weights if weight.numel()}
+        self.storages = {_storage(weight) for weight in weights if weight.numel() and weight.layout is torch.strided}
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -80,7 +103,7 @@ class ZeroProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return weight.numel() - int(torch.count_nonzero(weight)) if self._is_weight(weight) else 0
 
     def _is_weight(self, tensor: Tensor) -> bool:
-        return _storage(tensor) in self.storages
+        return tensor.layout is torch.strided and _storage(tensor) in self.storages
 
 
 def _positions(tensor: Tensor) -> int:
