@@ -47,6 +47,8 @@ def tradeoff_chart(points: Sequence[tuple[float, float, str]]) -> str:
     wide = min(sizes) > 0 and max(sizes) > 20 * min(sizes)  # many recipes of one model: a log scale keeps them apart
 
     def draw(figure: Figure) -> None:
+        from matplotlib.ticker import LogLocator, NullFormatter
+
         axes = figure.add_axes((0.15, 0.15, 0.8, 0.78))
         for size, accuracy, (_, _, side) in zip(sizes, accuracies, points, strict=True):
             axes.plot([size], [accuracy], "o", color=BEFORE if side == "before" else AFTER, markersize=9)
@@ -56,6 +58,9 @@ def tradeoff_chart(points: Sequence[tuple[float, float, str]]) -> str:
             axes.annotate(text, (size, accuracy), fontsize=9, **above)
         if wide:
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axes.xaxis.set_major_formatter(lambda size, _: f"{size:g}")
+            axes.xaxis.set_minor_formatter(NullFormatter())
         else:
             axes.set_xlim(0, (max(sizes) or 1.0) * 1.12)
         axes.margins(y=0.25)

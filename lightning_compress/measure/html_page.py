@@ -127,7 +127,11 @@ def _layers(report: Report) -> Iterator[_Part]:
         _drawn(partial(layers_chart, piece), f"Sparsity and bits, {_range(place, len(piece), len(shown))}.")
         for place, piece in enumerate(pieces)
     ]
-    grouped = "" if len(shown) == len(report.layers) else f"{len(report.layers)} weights, grouped by their names."
+    grouped = (
+        ""
+        if len(shown) == len(report.layers)
+        else f"{len(report.layers)} weights, grouped by their names; bits are means."
+    )
     yield (
         "layers",
         "Layers",
