@@ -19,6 +19,7 @@ COMMANDS = {
     "validate": "validate it",
     "test": "test it",
     "predict": "predict with it",
+    "plan": "say what a fit with these files would prune, round and leave alone, and what would become of the sizes",
 }
 USAGE_ERROR = 2
 
@@ -68,6 +69,11 @@ def _lightning_command() -> int:
     from lightning.pytorch.cli import LightningCLI
 
     try:
+        if sys.argv[1] == "plan":
+            from lightning_compress.callbacks.plan_command import main as plan
+
+            del sys.argv[1]
+            return plan(PROGRAM)
         LightningCLI(parser_kwargs={"prog": PROGRAM})
     except (ValueError, TypeError) as error:
         # jsonargparse buries what a constructor said under some sixty lines of its own.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import lightning.pytorch as L
 from lightning.pytorch.strategies import (
@@ -23,6 +23,7 @@ from lightning_compress.errors import CheckpointMismatch, UnsupportedStrategy
 __all__ = [
     "FORMAT",
     "SHARDING",
+    "Recipient",
     "check_state",
     "check_strategy",
     "check_unclaimed",
@@ -144,8 +145,9 @@ def check_state(state: Mapping[str, Any], recipe: Mapping[str, Any], who: object
             )
 
 
+@runtime_checkable
 class Recipient(Protocol):
-    """A callback with a recipe."""
+    """A compressing callback: it has a recipe, and says when it is done."""
 
     enabled: bool
     complete: bool
