@@ -88,7 +88,8 @@ def _strips(each: Attributions, index: int, sides: Sequence[np.ndarray], names: 
 
 
 def _word(text: object, color: np.ndarray, value: float) -> str:
-    red, green, blue = color.tolist()
+    # Paler than in pictures, where no letters stand on the colour.
+    red, green, blue = (255 - round(0.6 * (255 - each)) for each in color.tolist())
     return f'<span style="background: rgb({red}, {green}, {blue})" title="{value:.4g}">{escaped(text)}</span>'
 
 
