@@ -14,6 +14,7 @@ __all__ = ["COMMANDS", "main"]
 PROGRAM = "python -m lightning_compress"
 COMMANDS = {
     "demo": "prune, quantize and distil a small CNN on real images in one run, and print what it gained",
+    "report": "compare two model files, dense and compressed: table, Markdown, JSON and an HTML page",
     "fit": "train a LightningModule and LightningDataModule that YAML files name (LightningCLI)",
     "validate": "validate it",
     "test": "test it",
@@ -36,6 +37,10 @@ def main() -> int:
         from lightning_compress.demo import main as demo  # each command pays for its own imports only
 
         return demo(arguments)
+    if command == "report":
+        from lightning_compress.reporting import main as report
+
+        return report(arguments)
     if command in COMMANDS:
         return _lightning_command()
     got = f"got {command!r}" if command else "got none"
@@ -52,6 +57,7 @@ def _help() -> str:
     return (
         f"usage: {PROGRAM} COMMAND ...\n\n{commands}\n\n"
         f"  {PROGRAM} demo --help\n"
+        f"  {PROGRAM} report dense.onnx compressed.onnx --out report\n"
         f"  {PROGRAM} fit -c yours.yaml -c configs/prune.yaml -c configs/qat_int8.yaml\n"
     )
 

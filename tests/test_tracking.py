@@ -104,7 +104,7 @@ def test_the_chart(logged):
 
 def test_the_report_as_an_artifact(logged):
     run, _ = logged
-    assert run.artifacts["report"] == ("report", {"report.md", "report.json", "curve.png"})
+    assert run.artifacts["report"] == ("report", {"report.md", "report.json", "report.html", "curve.png"})
 
 
 def test_the_summary_has_the_last_word(logged):

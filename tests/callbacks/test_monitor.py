@@ -102,7 +102,7 @@ def test_wandb_files_have_table_chart_and_artifact(offline_run: OfflineRun) -> N
     charts = [row["compress/chart"] for row in offline_run.history if "compress/chart" in row]
     assert offline_run.media(charts[-1]).read_bytes().startswith(b"\x89PNG")
     kinds = [(kind, files) for kind, files in offline_run.artifacts.values() if kind == "report"]
-    assert kinds == [("report", {"report.md", "report.json", "report.png"})]
+    assert kinds == [("report", {"report.md", "report.json", "report.html", "report.png"})]
     assert "compress/GradualPruning" in offline_run.config
 
 
