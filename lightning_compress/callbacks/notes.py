@@ -36,7 +36,7 @@ class Notes:
         return self.rows[-1].step if self.rows else None
 
     def add(self, look: Look) -> list[LayerState]:
-        """Keep the rows of a look, over those of an earlier one at the same step: a fit's end is the next one's begin."""
+        """Keep the rows of a look, over those of an earlier one at its step: one fit ends where the next begins."""
         if self.last == look.step:
             self.rows = [row for row in self.rows if row.step != look.step]
         states = look.states()
