@@ -19,7 +19,12 @@ from wandb.sdk.launch.sweeps import utils
 
 ROOT = Path(__file__).parents[1]
 SWEEP = yaml.safe_load((ROOT / "configs" / "sweep.yaml").read_text(encoding="utf-8"))
-ENDS = {"trainer.max_epochs": 1, "trainer.limit_train_batches": 4, "trainer.limit_val_batches": 1}
+ENDS = {
+    "trainer.max_epochs": 1,
+    "trainer.limit_train_batches": 4,
+    "trainer.limit_val_batches": 1,
+    "trainer.log_every_n_steps": 1,
+}
 
 
 def agents_command(values: dict[str, Any]) -> list[str]:

@@ -22,7 +22,7 @@ from lightning_compress.sharding import clean_name
 
 __all__ = ["Compression", "Look", "Pace", "look", "moments", "pace"]
 
-LEAST_STEPS = 20  # between looks where the run's length is unknown
+LEAST_STEPS = 20  # between looks at fractions of a run, so that a short run doesn't pay more a step than a long one
 
 
 @runtime_checkable
@@ -62,7 +62,7 @@ def pace(trainer: L.Trainer, every: Moment) -> Pace:
     total = run_length(trainer, ()) * max(1, len(trainer.optimizers))
     if not isinstance(every, float):
         return Pace(every)
-    return Pace(growth=every) if total >= ENDLESS else Pace(max(1, round(every * total)))
+    return Pace(growth=every) if total >= ENDLESS else Pace(max(LEAST_STEPS, round(every * total)))
 
 
 def moments(trainer: L.Trainer, chosen: Iterable[Moment]) -> list[int]:

@@ -27,7 +27,7 @@ from lightning_compress.pruning.criteria import taylor
 from lightning_compress.pruning.patterns import NM, Blocks, Unstructured
 from lightning_compress.pruning.scopes import erk
 from lightning_compress.quantization.details import Details
-from lightning_compress.quantization.learned_steps import LSQ
+from lightning_compress.quantization.weights import Symmetric
 from lightning_compress.schedule import Linear
 
 CALLBACKS = {
@@ -38,7 +38,7 @@ CALLBACKS = {
     "N:M": lambda: GradualPruning(0.5, pattern=NM(2, 4)),
     "blocks": lambda: GradualPruning(0.5, pattern=Blocks(4, 1), enabled=False),
     "rounding": lambda: QuantizationAwareTraining(4, None, window=(0.5, 0.6, 0.8)),
-    "learned steps": lambda: QuantizationAwareTraining(LSQ(4), details=Details(momentum=0.2, outputs=True)),
+    "grid": lambda: QuantizationAwareTraining(Symmetric(4, group=8), details=Details(momentum=0.2, outputs=True)),
     "channels": lambda: StructuredPruning(0.4, removal=Removal(times=2)),
     "regularization": lambda: SparsityRegularization(weight=1e-3, sparsity=0.6),
     "reconstruction": lambda: Reconstruction(0.5, pattern=(2, 4)),
@@ -57,7 +57,7 @@ def read_back(text: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[
         "model": {"class_path": "tests.user_project.Net"}, "data": {"class_path": "tests.user_project.Data"},
     }), encoding="utf-8")  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["train.py", "-c", str(user), "-c", str(path)])
-    return LightningCLI(save_config_callback=None, run=False).trainer.callbacks
+    return LightningCLI(save_config_callback=None, run=False, seed_everything_default=False).trainer.callbacks
 
 
 def test_every_recipe_survives_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
