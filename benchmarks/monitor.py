@@ -180,7 +180,8 @@ def main() -> None:
     options = parser.parse_args()
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    for message in (".*does not have many workers.*", ".*but have no `val_dataloader`.*", ".*has `__len__` defined.*"):
+        warnings.filterwarnings("ignore", message=message)
     torch.manual_seed(0)
     cases = {
         "CNN of examples/images.py, batch 64": (Images(), image_batch(), options.steps[0]),

@@ -19,12 +19,7 @@ from wandb.sdk.launch.sweeps import utils
 
 ROOT = Path(__file__).parents[1]
 SWEEP = yaml.safe_load((ROOT / "configs" / "sweep.yaml").read_text(encoding="utf-8"))
-ENDS = {
-    "trainer.max_epochs": 1,
-    "trainer.limit_train_batches": 4,
-    "trainer.limit_val_batches": 1,
-    "trainer.log_every_n_steps": 1,
-}
+ENDS = {"max_epochs": 1, "limit_train_batches": 4, "limit_val_batches": 1, "log_every_n_steps": 1}
 
 
 def agents_command(values: dict[str, Any]) -> list[str]:
@@ -55,7 +50,7 @@ def test_the_agents_first_command_trains_and_logs_its_metric(tmp_path: Path, mon
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.chdir(ROOT)
-    ends = [f"--{name}={value}" for name, value in ENDS.items()]
+    ends = [f"--trainer.{name}={value}" for name, value in ENDS.items()]
     places = [f"--trainer.logger.save_dir={tmp_path}", f"--trainer.default_root_dir={tmp_path}"]
     quiet = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
     # Four steps hold no window, so pruning begins at the first; all else is the agent's.

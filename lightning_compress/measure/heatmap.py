@@ -53,13 +53,15 @@ def short_names(names: Sequence[str], longest: int = LONGEST_NAME) -> list[str]:
 
     >>> short_names(["net.encoder.3.attention.output.dense.weight", "net.encoder.3.value.weight"], 18)
     ['att.output.dense', 'value']
-    >>> short_names(["net.body.0.weight", "net.head.weight"])
-    ['body.0', 'head']
+    >>> short_names(["net.body.0.weight", "net.head.weight"]), short_names(["my.net.0.weight", "my.net.2.weight"])
+    (['body.0', 'head'], ['net.0', 'net.2'])
     """
     words = [name.removesuffix(".weight").split(".") for name in names]
     shared = 0
     while all(len(each) > shared + 1 for each in words) and len({each[shared] for each in words}) == 1 < len(words):
         shared += 1
+    if shared and any(each[shared].isdigit() for each in words):  # "layer.0" says more than "0"
+        shared -= 1
     whole = [".".join(each[shared:]) for each in words]
     cut = [_cut(each[shared:], longest) for each in words]
     return cut if len(set(cut)) == len(set(whole)) else whole

@@ -27,6 +27,7 @@ from lightning_compress import (
     NothingToCompress,
     QuantizationAwareTraining,
 )
+from lightning_compress.measure.heatmap import LONGEST_NAME, short_names
 from tests.wandb_offline import OfflineRun, read_run
 
 SELECTED = ("net.0.weight", "net.2.weight")  # the head stays
@@ -314,6 +315,16 @@ def test_a_short_run_is_looked_at_no_more_than_every_twentieth_step(tmp_path: Pa
     pruning = GradualPruning(0.5, window=(5, 25), frequency=1)  # in half of the distance, where masks change
     fit(tmp_path, False, [monitor, pruning], enable_checkpointing=False)
     assert sorted({row.step for row in monitor.rows}) == [0, 10, 20, 25, 32]
+
+
+def test_long_names_in_the_heat_map_are_short_and_stay_apart() -> None:
+    """Two hundred and more rows of a deep encoder: nothing longer than the column, nothing twice."""
+    inner = ("attention.self_attention.query", "attention.output.dense", "feed_forward.intermediate_projection.dense")
+    names = [f"model.transformer_network.encoder.layer.{i}.{name}.weight" for i in range(72) for name in inner]
+    short = short_names(names)
+    assert len(set(short)) == len(names)
+    assert max(map(len, short)) <= LONGEST_NAME
+    assert all(f".{i}." in short[3 * i] for i in range(72))
 
 
 @pytest.mark.parametrize("options", [{"every": 0}, {"every": 1.5}, {"histograms": (1.5,)}, {"histograms": (-1,)}])
