@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import lightning.pytorch as L
 import torch
@@ -22,9 +22,6 @@ from lightning_compress.measure.heatmap import plot_layers
 from lightning_compress.measure.layers import write_rows
 from lightning_compress.measure.report import Measurement, Report
 from lightning_compress.measure.size import Count, count_nonzero, count_nonzero_in_parts, file_bytes, zipped_bytes
-
-if TYPE_CHECKING:
-    from wandb import Run
 
 __all__ = ["Outcome", "measured", "save_files", "show"]
 
@@ -102,7 +99,7 @@ def save_files(folder: Path, outcome: Outcome, callbacks: Iterable[object]) -> d
     return files
 
 
-def show(run: Run, outcome: Outcome, files: Mapping[str, Path]) -> None:
+def show(run: Any, outcome: Outcome, files: Mapping[str, Path]) -> None:
     """Give a W&B run the history of layers, charts, the trade-off, recipe and report as artifacts, and the summary."""
     step = outcome.step
     tracking.log_layer_history(run, outcome.notes.rows, step)
