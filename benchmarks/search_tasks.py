@@ -1,4 +1,4 @@
-"""What a trial of benchmarks/search.py is, on images and on sentences: train, prune each group of layers, round, measure."""
+"""What a trial of benchmarks/search.py is, on images and on sentences: train, prune each group, round, measure."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ COMMANDS = {
     "validate": "validate it",
     "test": "test it",
     "predict": "predict with it",
+    "search": "find the recipe of the smallest file that keeps a metric, by trials of such a run",
 }
 USAGE_ERROR = 2
 
@@ -35,6 +36,10 @@ def main() -> int:
         from lightning_compress.demo import main as demo  # each command pays for its own imports only
 
         return demo(arguments)
+    if command == "search":
+        from lightning_compress.search_command import main as search
+
+        return search(arguments)
     if command in COMMANDS:
         return _lightning_command()
     got = f"got {command!r}" if command else "got none"

@@ -30,7 +30,7 @@ def plot_front(found: Found, path: str | Path) -> Path:
     figure = _figure(7.0, 4.6)
     axes = figure.add_subplot()
     points = [(trial.result[across.metric], trial.result[up.metric]) for trial in found.complete if trial.result]
-    axes.scatter(*zip(*points, strict=True), color=ALL, s=26, label=f"{len(points)} trials")
+    axes.scatter([x for x, _ in points], [y for _, y in points], color=ALL, s=26, label=f"{len(points)} trials")
     front = sorted((t.result[across.metric], t.result[up.metric]) for t in found.front() if t.result)
     axes.plot(*zip(*front, strict=True), color=FRONT, marker="o", linewidth=1.8, drawstyle="steps-post", label="front")
     kept = [trial for trial in found.complete if trial.violation <= 0.0]

@@ -94,11 +94,9 @@ class Found:
 
 def _knee(front: Sequence[Trial]) -> Trial:
     columns = list(zip(*(trial.costs for trial in front), strict=True))
-    spans = [(min(column), (max(column) - min(column)) or 1.0) for column in columns]
+    lows, spans = [min(column) for column in columns], [(max(column) - min(column)) or 1.0 for column in columns]
 
     def away(trial: Trial) -> float:
-        return math.dist(
-            [0.0] * len(spans), [(c - low) / wide for c, (low, wide) in zip(trial.costs, spans, strict=True)]
-        )
+        return math.hypot(*((cost - low) / span for cost, low, span in zip(trial.costs, lows, spans, strict=True)))
 
     return min(front, key=lambda trial: (away(trial), trial.number))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -93,15 +94,15 @@ class History:
 
     def _read(self, trial: FrozenTrial) -> Trial:
         notes = trial.user_attrs
-        state = "interrupted" if notes.get("interrupted") else NAMES[trial.state]
+        state: Any = "interrupted" if notes.get("interrupted") else NAMES[trial.state]
         result = notes.get("result") if state == "complete" else None
-        given = (tuple(self.objective.costs(result)), self.objective.violation(result)) if result else ()
         return Trial(
             trial.number,
             as_recipe(self.space, trial.params),
             state,
             result,
-            *given,
+            costs=tuple(self.objective.costs(result)) if result else (),
+            violation=self.objective.violation(result) if result else math.inf,
             reports={int(step): value for step, value in notes.get("reports", {}).items()},
             reason=notes.get("reason", ""),
         )

@@ -35,4 +35,4 @@ class NoTrialSucceeded(CompressError):
 
 
 class NothingKept(CompressError):
-    """No trial kept what the objective says must be kept; raised where the best one is asked for, naming the nearest."""
+    """No trial kept what the objective says must be kept; raised where the best is asked for, naming the nearest."""

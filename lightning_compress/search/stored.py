@@ -1,5 +1,7 @@
-"""A compressed model's weights in one zipped file: codes where weights are rounded, with their scales. What is measured
-as the size of a trial is a file that can be read back."""
+"""A compressed model's weights in one zipped file: codes where weights are rounded, with their scales.
+
+What is measured as the size of a trial is a file that can be read back.
+"""
 
 from __future__ import annotations
 
