@@ -5,9 +5,9 @@
     python benchmarks/search.py --task text --trials 6 --seeds 0
 
 A trial fine-tunes a dense model under a sparsity and a width for each group of layers, and writes its weights as a
-zipped file, whose bytes count. Looked for is the smallest file that loses at most 2 points of accuracy on held-out data;
-reported is its accuracy on test data. By hand: int8 and one sparsity for all, in each layer the same, or under one
-threshold. Allocation measures each layer's loss first, solves for amounts under a budget of bytes, and bisects the
+zipped file, whose bytes count. Looked for is the smallest file that loses at most 2 points of accuracy on held-out
+data; reported is its accuracy on test data. By hand: int8 and one sparsity for all, in each layer the same, or under
+one threshold. Allocation measures each layer's loss first, solves for amounts under a budget of bytes, and bisects the
 budget; trials that are left change its best recipe. Each trial is added to results/search.json, and what is there is
 not run again.
 """

@@ -100,7 +100,9 @@ def _read(path: Path) -> dict[str, Any]:
 
     read = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(read, dict):
-        raise ValueError(f"a space is an overlay with ranges in it, as configs/search.yaml; got {read!r} in '{path}'")
+        raise ValueError(  # noqa: TRY004 - what is wrong is what the file holds
+            f"a space is an overlay with ranges in it, as configs/search.yaml; got {read!r} in '{path}'"
+        )
     return read
 
 
@@ -119,7 +121,9 @@ def _about(of_fit: Sequence[str], script: str | None) -> dict[str, Any]:
     """Return what makes trials comparable: the command, and what is in the files that it names."""
     files = {part: Path(part) for argument in [*of_fit, script or ""] for part in [argument.rpartition("=")[2]]}
     digests = {
-        name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for name, path in files.items() if name and path.is_file()
+        name: hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        for name, path in files.items()
+        if name and path.is_file()
     }
     return {"arguments": list(of_fit), "script": script, "files": digests}
 
@@ -128,8 +132,9 @@ def _written(found: Found, options: argparse.Namespace, of_fit: Sequence[str]) -
     import yaml
 
     best = found.best
-    given = ", ".join(f"{metric} {value:.6g}" for metric, value in sorted((best.result or {}).items())
-                      if not metric.startswith("-"))
+    given = ", ".join(
+        f"{metric} {value:.6g}" for metric, value in sorted((best.result or {}).items()) if not metric.startswith("-")
+    )
     program = f"python {options.script}" if options.script else "python -m lightning_compress"
     header = (
         f"# Found by {PROGRAM}: trial {best.number} of {len(found.trials)}, strategy {options.strategy}, seed "

@@ -23,7 +23,7 @@ def space_of(overlay: Mapping[str, Any]) -> Space:
     Raises:
         ValueError: nothing is left open.
 
-    >>> pruning = {"class_path": "lightning_compress.GradualPruning", "init_args": {"sparsity": {"low": 0.5, "high": 0.9}}}
+    >>> pruning = {"class_path": "my.GradualPruning", "init_args": {"sparsity": {"low": 0.5, "high": 0.9}}}
     >>> space_of({"trainer": {"callbacks+": [pruning]}})
     {'GradualPruning.sparsity': Range(low=0.5, high=0.9, step=None, log=False)}
     """

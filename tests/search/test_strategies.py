@@ -142,5 +142,5 @@ def test_a_space_that_is_none_is_named(space, error, said):
 
 @pytest.mark.parametrize("options", [(1, 0), (0.0, float("inf")), (0, 1, 0.1, True), (0.0, 1.0, None, True)], ids=str)
 def test_a_range_that_is_none_is_named(options):
-    with pytest.raises(ValueError, match="range|step"):
+    with pytest.raises(ValueError, match=r"range|step"):
         Range(*options)
