@@ -75,9 +75,10 @@ def _searched(options: argparse.Namespace, of_fit: Sequence[str]) -> Found:
     overlay = _read(options.space)
     folder = options.folder or options.storage.with_suffix("").with_name(f"{options.storage.stem}-trials")
     trial = CommandTrial(tuple(of_fit), options.script, folder, options.metric, f"search-{options.storage.stem}")
+    about = _about(of_fit, options.script)
     sign = 1.0 if options.mode == "max" else -1.0
     kept = options.metric if options.mode == "max" else f"-{options.metric}"
-    dense = options.dense if options.dense is not None else _dense(trial, options)
+    dense = options.dense if options.dense is not None else _dense(trial, options, about)
     objective = Smallest(options.size, kept, options.drop, sign * dense)
 
     def run(recipe: Mapping[str, Any], report: Report) -> dict[str, float]:
@@ -88,9 +89,10 @@ def _searched(options: argparse.Namespace, of_fit: Sequence[str]) -> Found:
         early = Median() if options.prune_early else None
         worker = Worker(options.seed, index, prune_early=early, catch=(CompressError,))
         strategy = getattr(strategies, options.strategy)
-        about = _about(of_fit, options.script)
         return search(run, space_of(overlay), objective, strategy, options.trials, options.storage, worker, about)
 
+    if options.workers == 1:  # in this thread, which gets the interrupt of a Ctrl-C
+        return one(0)
     with ThreadPoolExecutor(options.workers) as pool:
         return list(pool.map(one, range(options.workers)))[-1]
 
@@ -106,13 +108,14 @@ def _read(path: Path) -> dict[str, Any]:
     return read
 
 
-def _dense(trial: CommandTrial, options: argparse.Namespace) -> float:
-    """Return the metric of a run without compression; it is run once a folder."""
-    known = trial.folder / "dense" / "result.json"
+def _dense(trial: CommandTrial, options: argparse.Namespace, about: Mapping[str, Any]) -> float:
+    """Return the metric of a run without compression; it is run once for the same command and files."""
+    name = f"dense-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]}"
+    known = trial.folder / name / "result.json"
     if known.exists():
         result = json.loads(known.read_text(encoding="utf-8"))
     else:
-        result = trial.run({}, lambda step, value: None, "dense")
+        result = trial.run({}, lambda step, value: None, name)
     checked = checked_result(Smallest("size_bytes", options.metric), result)
     return checked[options.metric]
 

@@ -11,6 +11,7 @@ import yaml
 
 from lightning_compress.cli import main
 from lightning_compress.search.command_trial import CommandTrial, TrialFailed
+from tests import wandb_offline
 
 ROOT = Path(__file__).parents[2]
 
@@ -40,10 +41,20 @@ def searched(monkeypatch: pytest.MonkeyPatch, *more: str) -> int:
     return main()
 
 
+def group_of(log: Path) -> str:
+    """Return the group of an offline W&B run."""
+    records = (wandb_offline.protocol.Record.FromString(e) for e in wandb_offline._entries(log.read_bytes()))
+    return next(record.run.run_group for record in records if record.WhichOneof("record_type") == "run")
+
+
 @pytest.mark.slow
 def test_the_winner_is_an_overlay_that_gives_the_same_again(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    config = yaml.safe_load((folder / "user.yaml").read_text(encoding="utf-8"))
+    logger = {"class_path": "lightning.pytorch.loggers.WandbLogger", "init_args": {"offline": True, "project": "p"}}
+    config["trainer"]["logger"] = logger
+    (folder / "user.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     options = ["--metric", "val_loss", "--dense", "0.9", "--drop", "1", "--trials", "2", "--workers", "2"]
     assert searched(monkeypatch, *options) == 0
     said = capsys.readouterr().out
@@ -54,6 +65,8 @@ def test_the_winner_is_an_overlay_that_gives_the_same_again(
     trials = [json.loads(p.read_text(encoding="utf-8")) for p in folder.glob("search-trials/*/result.json")]
     best = min(trials, key=lambda result: result["size_bytes"])
     assert f"val_loss {best['val_loss']:.6g}" in text
+
+    assert [group_of(log) for log in folder.rglob("run-*.wandb")] == ["search-search"] * 2
 
     again = CommandTrial(("-c", "user.yaml"), None, folder / "again", "val_loss", "group")
     reports = []

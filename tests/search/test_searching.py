@@ -61,7 +61,9 @@ def killed_in_the_middle(strategy: str, storage: Path, marker: Path) -> None:
     worker.stderr.close()
 
 
-@pytest.mark.parametrize(("strategy", "name"), [("annealing", "s.db"), ("bayes", "s.journal")])
+@pytest.mark.parametrize(
+    ("strategy", "name"), [("annealing", "s.db"), pytest.param("bayes", "s.journal", marks=pytest.mark.slow)]
+)
 def test_a_killed_worker_loses_its_running_trial_and_the_search_goes_on_as_it_would_have(tmp_path, strategy, name):
     storage = tmp_path / name
     killed_in_the_middle(strategy, storage, tmp_path / "marker")
