@@ -5,17 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from optuna.exceptions import DuplicatedStudyError, UpdateFinishedTrialError
+from optuna.exceptions import DuplicatedStudyError, StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
+from sqlalchemy.exc import SQLAlchemyError
 
 from lightning_compress.search.objective import Objective
 from lightning_compress.search.refusals import AnotherStudy
@@ -29,6 +31,7 @@ __all__ = ["History"]
 Ended = Literal["complete", "pruned", "failed"]
 STATES = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
 NAMES: dict[TrialState, Any] = {state: name for name, state in STATES.items()} | {TrialState.RUNNING: "running"}
+OPENINGS = 8
 LOCK_SECONDS = 60  # how long a worker waits for another one that writes
 
 
@@ -158,5 +161,19 @@ def _opened(storage: str | Path | None) -> BaseStorage:
     path = Path(storage)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix in (".db", ".sqlite", ".sqlite3"):
-        return RDBStorage(f"sqlite:///{path}", engine_kwargs={"connect_args": {"timeout": LOCK_SECONDS}})
+        return _sqlite(path)
     return JournalStorage(JournalFileBackend(str(path)))
+
+
+def _sqlite(path: Path) -> RDBStorage:
+    """Open a file, again where another worker was making the same tables."""
+    for attempt in range(1, OPENINGS):
+        try:
+            return _sqlite_once(path)
+        except (SQLAlchemyError, StorageInternalError):
+            time.sleep(0.1 * attempt)
+    return _sqlite_once(path)
+
+
+def _sqlite_once(path: Path) -> RDBStorage:
+    return RDBStorage(f"sqlite:///{path}", engine_kwargs={"connect_args": {"timeout": LOCK_SECONDS}})

@@ -96,7 +96,6 @@ def test_a_finished_search_runs_nothing_and_more_trials_are_added(tmp_path):
 
 def test_workers_share_a_file_and_choose_differently(tmp_path):
     storage = tmp_path / "s.db"
-    History(SPACE, OBJECTIVE, storage)
 
     def work(index):
         def run(recipe, report):
