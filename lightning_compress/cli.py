@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -66,8 +67,10 @@ def _lightning_command() -> int:
         return _failed(f"YAML files need {', '.join(missing)}; pip install 'lightning-compress[cli]'")
     from lightning.pytorch.cli import LightningCLI
 
+    # Trials of a search may share a logger's folder, where LightningCLI refuses to write a second config.
+    saving = {"overwrite": "LIGHTNING_COMPRESS_TRIAL" in os.environ}
     try:
-        LightningCLI(parser_kwargs={"prog": PROGRAM})
+        LightningCLI(parser_kwargs={"prog": PROGRAM}, save_config_kwargs=saving)
     except (ValueError, TypeError) as error:
         # jsonargparse buries what a constructor said under some sixty lines of its own.
         cause = _root(error)

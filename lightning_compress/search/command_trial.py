@@ -19,6 +19,7 @@ from lightning_compress.errors import CompressError
 __all__ = ["CommandTrial", "TrialFailed"]
 
 WATCHER = "lightning_compress.callbacks.trials.TrialResult"
+TRIAL = "LIGHTNING_COMPRESS_TRIAL"  # tells our own command that a config may be there already
 POLL_S = 0.2
 TOLD_LINES = 5  # of a failed trial's output that its message repeats
 
@@ -68,7 +69,7 @@ class CommandTrial:
         paths[0].write_text(json.dumps(overlay), encoding="utf-8")
         watched = {"trainer": {"default_root_dir": str(own), "callbacks+": [watcher]}}
         paths[1].write_text(json.dumps(watched), encoding="utf-8")
-        environment = {"WANDB_RUN_GROUP": self.group, "WANDB_NAME": own.name, **os.environ}
+        environment = {"WANDB_RUN_GROUP": self.group, "WANDB_NAME": own.name, **os.environ, TRIAL: own.name}
         with (own / "output.txt").open("w", encoding="utf-8") as output:
             process = subprocess.Popen(
                 self.command(paths if overlay else paths[1:]), stdout=output, stderr=subprocess.STDOUT, env=environment
