@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ COMMANDS = {
     "test": "test it",
     "predict": "predict with it",
     "plan": "say what a fit with these files would prune, round and leave alone, and what would become of the sizes",
+    "search": "find the recipe of the smallest file that keeps a metric, by trials of such a run",
 }
 USAGE_ERROR = 2
 
@@ -41,6 +43,10 @@ def main() -> int:
         from lightning_compress.reporting import main as report
 
         return report(arguments)
+    if command == "search":
+        from lightning_compress.search_command import main as search
+
+        return search(arguments)
     if command in COMMANDS:
         return _lightning_command()
     got = f"got {command!r}" if command else "got none"
@@ -68,13 +74,15 @@ def _lightning_command() -> int:
         return _failed(f"YAML files need {', '.join(missing)}; pip install 'lightning-compress[cli]'")
     from lightning.pytorch.cli import LightningCLI
 
+    # Trials of a search may share a logger's folder, where LightningCLI refuses to write a second config.
+    saving = {"overwrite": "LIGHTNING_COMPRESS_TRIAL" in os.environ}
     try:
         if sys.argv[1] == "plan":
             from lightning_compress.callbacks.plan_command import main as plan
 
             del sys.argv[1]
             return plan(PROGRAM)
-        LightningCLI(parser_kwargs={"prog": PROGRAM})
+        LightningCLI(parser_kwargs={"prog": PROGRAM}, save_config_kwargs=saving)
     except (ValueError, TypeError) as error:
         # jsonargparse buries what a constructor said under some sixty lines of its own.
         cause = _root(error)

@@ -378,7 +378,7 @@ def test_help_lists_the_commands(
 ) -> None:
     assert run(monkeypatch, option) == 0
     said = capsys.readouterr().out
-    assert set(COMMANDS) == {"demo", "report", "plan", "fit", "validate", "test", "predict"}
+    assert set(COMMANDS) == {"demo", "report", "plan", "search", "fit", "validate", "test", "predict"}
     assert all(f"  {command} " in said for command in COMMANDS)
 
 
