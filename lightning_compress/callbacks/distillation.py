@@ -12,7 +12,6 @@ from torch.optim import Optimizer
 
 from lightning_compress.callbacks.clock import Clock, restore_data_place, run_length
 from lightning_compress.callbacks.contract import (
-    SHARDING,
     check_state,
     check_unclaimed,
     described,
@@ -24,6 +23,7 @@ from lightning_compress.callbacks.lesson import Lesson
 from lightning_compress.callbacks.order import Claim, check_together
 from lightning_compress.callbacks.probe import first_student_call
 from lightning_compress.callbacks.sameness import takes_part
+from lightning_compress.callbacks.teachable import strategies_of
 from lightning_compress.distillation.comparing import any_width, takes_temperature
 from lightning_compress.distillation.details import Details
 from lightning_compress.distillation.keys import fingerprint
@@ -136,9 +136,8 @@ class Distillation(L.Callback):
     # Attaching and detaching
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        averages = isinstance(self.source, MeanTeacher)  # whole weights, after each step
-        sharding, instead = ((), "teach with StartingModel()") if averages else (SHARDING, "")
-        if stage != "fit" or not takes_part(self, trainer, pl_module, stage, sharding, instead):
+        strategies = strategies_of(self.source, self.details)
+        if stage != "fit" or not takes_part(self, trainer, pl_module, stage, *strategies):
             return
         check_together(trainer.callbacks)  # type: ignore[attr-defined]
         self._release()
@@ -271,10 +270,7 @@ class Distillation(L.Callback):
     def _state(self) -> dict[str, Any]:
         if self.lesson is None:
             return self._restored or {}
-        teaching = self.lesson.teaching
-        projections = {term.name: term.projections.state_dict() for term in teaching.terms}
-        state: dict[str, Any] = {"clock": self.clock.state_dict(), "sizes": dict(teaching.sizes.sizes)}
-        state |= {"projections": projections} if projections else {}
+        state: dict[str, Any] = {"clock": self.clock.state_dict(), **self.lesson.teaching.state_dict()}
         if isinstance(self.source, OWN) and self.teacher is not None:
             state["followed"] = self._followed
             state["teacher"] = {name: value.detach().cpu().clone() for name, value in self.teacher.state_dict().items()}
@@ -284,9 +280,7 @@ class Distillation(L.Callback):
         if self.lesson is None or not state:
             return
         self.clock.load_state_dict(state["clock"])
-        self.lesson.teaching.sizes.sizes = dict(state["sizes"])
-        for term in self.lesson.teaching.terms:
-            term.projections.load_state_dict(state["projections"][term.name])
+        self.lesson.teaching.load_state_dict(state)
         if "teacher" in state and self.teacher is not None:
             self._followed = state["followed"]
             self.teacher.load_state_dict(state["teacher"])
