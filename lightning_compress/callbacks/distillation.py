@@ -99,7 +99,7 @@ class Distillation(L.Callback):
             raise ValueError(f"temperature={temperature} was given, but {loss} takes no temperature; leave it out")
         self.layers = (layers,) if isinstance(layers, LayerTerm) else tuple(layers)
         self.details = details or Details()
-        check_source(teacher, student, bool(self.layers), self.details.cache is not None)
+        check_source(teacher, student, bool(self.layers), self.details.cache is not None, self.details.precision)
         self.enabled = enabled and (weight != 0.0 or bool(self.layers))
         self.teacher: nn.Module | None = None
         self.clock = Clock()
@@ -173,14 +173,19 @@ class Distillation(L.Callback):
             lesson.tried_on(pl_module, *found)
         if self.details.cache is not None:
             teaching.recall = recall_from(self.details.cache, f"{fingerprint(built)} {self.details.precision}")
+        if not teaching.same_part:
+            self.teacher = teaching.teacher.module  # a converted one: the other's memory can go
 
     def _tap(
         self, teaching: Teaching, teacher: RunningTeacher, pl_module: L.LightningModule, found: tuple[Any, Call] | None
     ) -> None:
         """Attach to the layers of both models, paired by name, or by running both on two examples."""
         part = found[1].name if found and teaching.same_part else ""
-        inputs = None if found is None else teaching.arguments(found[1], found[0])
-        pairs = functools.partial(pair_called, pl_module, found and found[1], teacher.module, part, inputs)
+        inputs, whole = (
+            None if found is None else teaching.arguments(found[1], found[0]),
+            self.teacher or teacher.module,
+        )
+        pairs = functools.partial(pair_called, pl_module, found and found[1], whole, part, inputs)
         teaching.terms = tapped_terms(self.layers, pl_module, teacher.module, pairs)
         self._undo += [undo for term in teaching.terms for undo in term.attach(pl_module, teacher.module)]
 

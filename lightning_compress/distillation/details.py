@@ -13,8 +13,8 @@ from lightning_compress.distillation.cache import LogitCache
 
 __all__ = ["Details"]
 
-Precision = Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true"]
-PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true")
+Precision = Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "int8"]
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "int8")
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class Details:
             labels that are not -100, where they fit the value.
         balanced: bring each term to the size of the task's loss, both as running means, before its weight counts;
             "gradient" compares the norms of their gradients by what the term reads of the student instead.
-        precision: the teacher's, as the Trainer writes it; None is the run's.
+        precision: the teacher's, as the Trainer writes it; None is the run's. "int8" is the run's too, with weights as
+            codes of one byte that are floating point only while they are used.
         compiled: compile the teacher with `torch.compile`.
         cache: folder that keeps the teacher's logits, or a `LogitCache`: the first epoch writes them, later epochs and
             runs read them (a run with `teacher=None` only reads). Inputs must repeat: no random augmentation.

@@ -59,7 +59,7 @@ def test_norms_are_followed_slowly_and_zeros_are_left_out() -> None:
     sizes = RunningSizes()
     terms = [2.0 * z.sum(), 6.0 * z.sum(), 0.0 * z.sum()]
     factors = [
-        float(sizes.scale_gradients(z.sum(), {"kd": term}, {"kd": [z]}, step)["kd"] / max(float(term), 1e-30))
+        sizes.scale_gradients(z.sum(), {"kd": term}, {"kd": [z]}, step)["kd"].item() / max(term.item(), 1e-30)
         for step, term in enumerate(terms)
     ]
     assert factors == pytest.approx([1 / 2, 1 / (0.99 * 2 + 0.01 * 6), 0.0])
@@ -97,7 +97,7 @@ def test_a_fit_by_hand(student: Recorded, teacher: nn.Sequential) -> None:
 
     expected = 0.75 * task + 0.25 * kd * norm(task, logits) / norm(kd, logits)
     expected = expected + 2.0 * hint * norm(task, hidden) / norm(hint, hidden)
-    assert student.losses[0] == pytest.approx(float(expected), rel=1e-4)
+    assert student.losses[0] == pytest.approx(expected.item(), rel=1e-4)
 
 
 def test_a_task_that_does_not_reach_the_outputs_is_refused(teacher: nn.Sequential) -> None:
