@@ -1,6 +1,6 @@
 """Plans of three models, and what became of them: expected sizes against the files of a real, short run.
 
-python benchmarks/plan.py --weights FOLDER --data-dir FOLDER, with MobileNetV2's ImageNet weights and Fashion-MNIST; needs
+python benchmarks/plan.py --weights FOLDER --data-dir FOLDER: MobileNetV2's ImageNet weights and Fashion-MNIST; needs
 the MiniLM and reviews packages and Jane Austen's novels, as minilm.py and distilled_language_model.py do. Writes
 results/plan.json and prints each plan.
 """
