@@ -22,7 +22,7 @@ from lightning_compress.sharding import clean_name
 
 __all__ = ["Compression", "Look", "Pace", "look", "moments", "pace"]
 
-LEAST_STEPS = 20  # between looks at fractions of a run, so that a short run doesn't pay more a step than a long one
+LEAST_STEPS = 40  # between looks at fractions of a run, so that a short run doesn't pay more a step than a long one
 
 
 @runtime_checkable

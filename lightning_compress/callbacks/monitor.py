@@ -40,7 +40,7 @@ class CompressionMonitor(L.Callback):
     Args:
         folder: where the report goes; None is `compression` in the run's log folder.
         measure_size: save and zip the weights at both ends of the fit; False for models too large for that.
-        every: distance between looks at all layers; a float is a fraction of the run but at least 20 steps, an int
+        every: distance between looks at all layers; a float is a fraction of the run but at least 40 steps, an int
             steps. After a change of masks a look may come in half of it. In a run of unknown length, a float is a
             fraction of the steps so far.
         histograms: when W&B gets a histogram of each layer's non-zero weights; floats are fractions of the run, ints

@@ -93,7 +93,8 @@ def onnx_bytes(module: nn.Module, codes: Mapping[str, tuple[Tensor, Tensor]]) ->
                     file.write(bytes((QUANTIZED_CHANNEL_BYTES - 4) * len(codes[name][1])))
                 else:
                     file.write(parameter.detach().float().cpu().contiguous().numpy().tobytes())
-            file.write(bytes(4 * sum(norm.num_features for norm in module.modules() if isinstance(norm, _FOLDED))))
+            if not codes:  # a norm that is folded leaves a bias; those of codes are counted with their channels
+                file.write(bytes(4 * sum(norm.num_features for norm in module.modules() if isinstance(norm, _FOLDED))))
         graph = GRAPH_BYTES_A_LAYER * layers
         return file_bytes(path) + graph, zipped_bytes(path) + graph // 4
 
