@@ -40,7 +40,7 @@ from lightning_compress.pruning.gates import SoftMovement
 from lightning_compress.pruning.patterns import NM
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "examples"))
+sys.path.append(str(HERE.parent / "examples"))
 from finetune_text import RottenTomatoes, TextClassifier, encoder_weights  # noqa: E402
 
 RESULTS = HERE / "results" / "minilm.json"

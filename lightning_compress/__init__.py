@@ -6,11 +6,13 @@ from lightning_compress.callbacks import (
     GradualPruning,
     LotteryRewinding,
     QuantizationAwareTraining,
+    ReadyGate,
     Reconstruction,
     SparsityRegularization,
     StructuredPruning,
 )
 from lightning_compress.callbacks.loading import load_from_checkpoint
+from lightning_compress.callbacks.planning import plan
 from lightning_compress.distillation.losses import soft_targets
 from lightning_compress.distillation.teachers import TeacherCheckpoint
 from lightning_compress.errors import (
@@ -66,6 +68,7 @@ __all__ = [
     "OneCycle",
     "ProcessesDiffer",
     "QuantizationAwareTraining",
+    "ReadyGate",
     "Reconstruction",
     "Removal",
     "SparsityRegularization",
@@ -80,6 +83,7 @@ __all__ = [
     "fake_quantized",
     "load_from_checkpoint",
     "magnitude",
+    "plan",
     "quantize_post_training",
     "reconstruct",
     "reestimate_batch_norm",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -14,10 +15,13 @@ __all__ = ["COMMANDS", "main"]
 PROGRAM = "python -m lightning_compress"
 COMMANDS = {
     "demo": "prune, quantize and distil a small CNN on real images in one run, and print what it gained",
+    "report": "compare two model files, dense and compressed: table, Markdown, JSON and an HTML page",
     "fit": "train a LightningModule and LightningDataModule that YAML files name (LightningCLI)",
     "validate": "validate it",
     "test": "test it",
     "predict": "predict with it",
+    "plan": "say what a fit with these files would prune, round and leave alone, and what would become of the sizes",
+    "search": "find the recipe of the smallest file that keeps a metric, by trials of such a run",
 }
 USAGE_ERROR = 2
 
@@ -35,6 +39,14 @@ def main() -> int:
         from lightning_compress.demo import main as demo  # each command pays for its own imports only
 
         return demo(arguments)
+    if command == "report":
+        from lightning_compress.reporting import main as report
+
+        return report(arguments)
+    if command == "search":
+        from lightning_compress.search_command import main as search
+
+        return search(arguments)
     if command in COMMANDS:
         return _lightning_command()
     got = f"got {command!r}" if command else "got none"
@@ -51,6 +63,7 @@ def _help() -> str:
     return (
         f"usage: {PROGRAM} COMMAND ...\n\n{commands}\n\n"
         f"  {PROGRAM} demo --help\n"
+        f"  {PROGRAM} report dense.onnx compressed.onnx --out report\n"
         f"  {PROGRAM} fit -c yours.yaml -c configs/prune.yaml -c configs/qat_int8.yaml\n"
     )
 
@@ -61,8 +74,15 @@ def _lightning_command() -> int:
         return _failed(f"YAML files need {', '.join(missing)}; pip install 'lightning-compress[cli]'")
     from lightning.pytorch.cli import LightningCLI
 
+    # Trials of a search may share a logger's folder, where LightningCLI refuses to write a second config.
+    saving = {"overwrite": "LIGHTNING_COMPRESS_TRIAL" in os.environ}
     try:
-        LightningCLI(parser_kwargs={"prog": PROGRAM})
+        if sys.argv[1] == "plan":
+            from lightning_compress.callbacks.plan_command import main as plan
+
+            del sys.argv[1]
+            return plan(PROGRAM)
+        LightningCLI(parser_kwargs={"prog": PROGRAM}, save_config_kwargs=saving)
     except (ValueError, TypeError) as error:
         # jsonargparse buries what a constructor said under some sixty lines of its own.
         cause = _root(error)

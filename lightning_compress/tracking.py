@@ -1,34 +1,44 @@
-"""What only Weights & Biases can show: the table of layers, the schedule's curve, the chart, the report.
+"""What only Weights & Biases can show: tables of layers, histograms, curves, charts, trade-offs, artifacts.
 
 The only file that knows wandb, which it imports inside its functions. All of it works on an offline run too.
 """
 
 from __future__ import annotations
 
+import math
 import sys
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from lightning_compress.measure.layer_states import LayerState
 from lightning_compress.measure.size import LayerRow
 
 if TYPE_CHECKING:
     from wandb import Run
 
 __all__ = [
+    "define_axis",
     "log_artifact",
     "log_config",
+    "log_histograms",
     "log_image",
+    "log_layer_history",
     "log_layer_table",
+    "log_outcome",
     "log_schedule_curve",
     "log_summary",
+    "log_trade_off",
     "wandb_run",
 ]
 
 # The x axis that Lightning's WandbLogger defines. Rows carry it as a value: `run.log(step=...)` would drop
 # every row whose step is behind wandb's own counter.
 _STEP = "trainer/global_step"
+_MOST_ROWS = 10_000  # of a table; wandb cuts what is longer
+_with_axis: weakref.WeakSet[object] = weakref.WeakSet()
 
 
 def wandb_run(loggers: Iterable[object]) -> Run | None:
@@ -44,20 +54,85 @@ def wandb_run(loggers: Iterable[object]) -> Run | None:
     return None
 
 
+def define_axis(run: Run) -> None:
+    """Draw `compress/*` over the Trainer's step, whatever the run's own steps are. Runs once a run and process."""
+    if run not in _with_axis:
+        _with_axis.add(run)
+        run.define_metric(_STEP)
+        run.define_metric("compress/*", step_metric=_STEP)
+
+
 def log_config(run: Run, values: Mapping[str, object]) -> None:
     """Set options of the run, over those of an earlier fit in it."""
     run.config.update(dict(values), allow_val_change=True)  # type: ignore[no-untyped-call]
 
 
-def log_layer_table(run: Run, rows: Sequence[LayerRow], step: int) -> None:
-    """Log one row a layer as the table `compress/layers`, at optimizer step `step`."""
+def log_layer_table(
+    run: Run, rows: Sequence[LayerRow], step: int, sqnr_db: Mapping[str, float | None] | None = None
+) -> None:
+    """Log one row a layer as the table `compress/layers`, at optimizer step `step`.
+
+    Args:
+        run: The run of `wandb_run`.
+        rows: Of the layers.
+        step: The optimizer step.
+        sqnr_db: By name, of the layers that are rounded.
+    """
     import wandb
 
-    table = wandb.Table(columns=[field.name for field in fields(LayerRow)])
+    table = wandb.Table(columns=[*(field.name for field in fields(LayerRow)), "sqnr_db"])
     for row in rows:
         name, shape, *numbers = astuple(row)
-        table.add_data(name, "x".join(map(str, shape)) or "scalar", *numbers)
+        table.add_data(name, "x".join(map(str, shape)) or "scalar", *numbers, (sqnr_db or {}).get(name))
     run.log({"compress/layers": table, _STEP: step})
+
+
+def log_layer_history(run: Run, rows: Sequence[LayerState], step: int) -> None:
+    """Log all moments' rows as the one table `compress/layers_over_time`, for panels of layers by steps.
+
+    A table holds 10 000 rows: of longer histories, moments are left out evenly, the last one never.
+    """
+    import wandb
+
+    steps = sorted({row.step for row in rows}, reverse=True)
+    kept = set(steps[:: max(1, math.ceil(len(rows) / _MOST_ROWS))])
+    table = wandb.Table(columns=[field.name for field in fields(LayerState)])
+    for row in rows:
+        if row.step in kept:
+            table.add_data(*astuple(row))
+    run.log({"compress/layers_over_time": table, _STEP: step})
+
+
+def log_histograms(run: Run, histograms: Mapping[str, tuple[Sequence[int], Sequence[float]]], step: int) -> None:
+    """Log counts and edges of each layer's values as `compress/weights/<layer>`; no weight itself is copied."""
+    import wandb
+
+    made = {f"compress/weights/{n}": wandb.Histogram(np_histogram=pair) for n, pair in histograms.items()}  # type: ignore[arg-type]
+    run.log({**made, _STEP: step})
+
+
+def log_trade_off(run: Run, metric: str, rows: Sequence[tuple[int, float, float, int]], step: int) -> None:
+    """Log what the metric was at which size during this run, as the scatter plot `compress/trade_off`.
+
+    Args:
+        run: The run of `wandb_run`.
+        metric: Its name.
+        rows: (optimizer step, metric, sparsity, estimated bytes) of each validation.
+        step: The optimizer step.
+    """
+    import wandb
+
+    table = wandb.Table(columns=["step", metric, "sparsity", "stored_bytes"], data=[list(row) for row in rows])
+    title = f"{metric} against estimated bytes, each validation"
+    run.log({"compress/trade_off": wandb.plot.scatter(table, "stored_bytes", metric, title=title), _STEP: step})
+
+
+def log_outcome(run: Run, values: Mapping[str, float | None], step: int) -> None:
+    """Log where this run ended as the table `compress/outcome` of one row, which a chart over runs puts together."""
+    import wandb
+
+    table = wandb.Table(columns=["run", *values], data=[[run.id, *values.values()]])
+    run.log({"compress/outcome": table, _STEP: step})
 
 
 def log_schedule_curve(run: Run, history: Sequence[tuple[int, float, float]]) -> None:

@@ -378,7 +378,7 @@ def test_help_lists_the_commands(
 ) -> None:
     assert run(monkeypatch, option) == 0
     said = capsys.readouterr().out
-    assert set(COMMANDS) == {"demo", "fit", "validate", "test", "predict"}
+    assert set(COMMANDS) == {"demo", "report", "plan", "search", "fit", "validate", "test", "predict"}
     assert all(f"  {command} " in said for command in COMMANDS)
 
 
@@ -388,7 +388,7 @@ def test_an_unknown_command_is_one_line(
 ) -> None:
     assert run(monkeypatch, *arguments) == 2
     (said,) = capsys.readouterr().err.splitlines()
-    assert "demo, fit, validate, test, predict" in said
+    assert ", ".join(COMMANDS) in said
     assert (repr(arguments[0]) if arguments else "none") in said
 
 

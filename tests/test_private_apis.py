@@ -42,6 +42,7 @@ PRIVATE_IMPORTS = {
         "torch.distributed.tensor._utils",
         "torch.distributed.tensor._utils.compute_local_shape_and_global_offset",
     ),
+    "measure/products.py": ("torch.utils._python_dispatch", "torch.utils._python_dispatch.TorchDispatchMode"),
     "quantization/dataflow.py": ("torch.utils._python_dispatch", "torch.utils._python_dispatch.TorchDispatchMode"),
 }
 OURS = {"_data"}  # our own package

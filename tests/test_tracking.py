@@ -52,7 +52,7 @@ def logged(offline):
     run = tracking.wandb_run([CSVLogger(folder / "csv"), logger])
     logger.log_metrics({"compress/sparsity": 0.4}, step=4)
     tracking.log_layer_table(run, per_layer(sparse_model()), step=4)
-    tracking.log_layer_table(run, per_layer(sparse_model(), ["1.bias"], bits={"1.bias": 8}), step=2)
+    tracking.log_layer_table(run, per_layer(sparse_model(), ["1.bias"], bits={"1.bias": 8}), 2, {"1.bias": 30.5})
     tracking.log_schedule_curve(run, HISTORY)
     chart = plot_pruning_curve(HISTORY, folder / "curve.png")
     tracking.log_image(run, "compress/chart", chart, step=6)
@@ -79,10 +79,10 @@ def test_no_row_is_lost_and_each_has_its_step(logged):
 def test_the_table_of_layers(logged):
     run, _ = logged
     first, second = (table(run, value) for value in run.column("compress/layers"))
-    assert first[0] == ["name", "shape", "total", "nonzero", "sparsity", "bits"]
-    assert first[1][0] == ["0.weight", "3x4", 12, 4, pytest.approx(2 / 3), 32]
+    assert first[0] == ["name", "shape", "total", "nonzero", "sparsity", "bits", "sqnr_db"]
+    assert first[1][0] == ["0.weight", "3x4", 12, 4, pytest.approx(2 / 3), 32, None]
     assert [row[0] for row in first[1]] == ["0.weight", "0.bias", "1.weight", "1.bias"]
-    assert second[1] == [["1.bias", "2", 2, 2, 0.0, 8]]
+    assert second[1] == [["1.bias", "2", 2, 2, 0.0, 8, 30.5]]
 
 
 def test_the_curve_of_the_schedule(logged):
@@ -104,7 +104,7 @@ def test_the_chart(logged):
 
 def test_the_report_as_an_artifact(logged):
     run, _ = logged
-    assert run.artifacts["report"] == ("report", {"report.md", "report.json", "curve.png"})
+    assert run.artifacts["report"] == ("report", {"report.md", "report.json", "report.html", "curve.png"})
 
 
 def test_the_summary_has_the_last_word(logged):

@@ -30,6 +30,7 @@ class OfflineRun:
     history: list[dict[str, Any]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
     artifacts: dict[str, tuple[str, set[str]]] = field(default_factory=dict)
+    metrics: list[tuple[str, str]] = field(default_factory=list)  # a name or glob, and the axis it is drawn over
     exit_code: int | None = None
 
     def column(self, key: str) -> list[Any]:
@@ -39,6 +40,11 @@ class OfflineRun:
     def media(self, value: dict[str, Any]) -> Path:
         """The file a logged table or image was written to."""
         return self.files / value["path"]
+
+    def tables(self, key: str) -> list[list[dict[str, Any]]]:
+        """Every table logged under `key`, in order, each as its rows by column."""
+        contents = [json.loads(self.media(value).read_text(encoding="utf-8")) for value in self.column(key)]
+        return [[dict(zip(content["columns"], row, strict=True)) for row in content["data"]] for content in contents]
 
 
 def read_run(folder: Path, timeout_s: float = 20.0) -> OfflineRun:
@@ -65,6 +71,8 @@ def _parse(log: Path) -> OfflineRun:
             _update(run.config, record.config.update)
         elif kind == "run":
             _update(run.config, record.run.config.update)
+        elif kind == "metric":
+            run.metrics.append((record.metric.name or record.metric.glob_name, record.metric.step_metric))
         elif kind == "exit":
             run.exit_code = record.exit.exit_code
         else:

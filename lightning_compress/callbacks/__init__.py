@@ -1,6 +1,7 @@
 """When: the callbacks that users add to a Lightning run. The only folder that imports lightning."""
 
 from lightning_compress.callbacks.distillation import Distillation
+from lightning_compress.callbacks.gate import ReadyGate
 from lightning_compress.callbacks.lottery import LotteryRewinding
 from lightning_compress.callbacks.monitor import CompressionMonitor
 from lightning_compress.callbacks.pruning import GradualPruning
@@ -15,6 +16,7 @@ __all__ = [
     "GradualPruning",
     "LotteryRewinding",
     "QuantizationAwareTraining",
+    "ReadyGate",
     "Reconstruction",
     "SparsityRegularization",
     "StructuredPruning",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import lightning.pytorch as L
 from lightning.pytorch.strategies import (
@@ -25,6 +25,7 @@ __all__ = [
     "FORMAT",
     "SHARDING",
     "ZERO",
+    "Recipient",
     "check_learning",
     "check_state",
     "check_strategy",
@@ -73,7 +74,8 @@ def check_strategy(
 
 
 def _check_zero(strategy: Any, who: object, instead: str) -> None:
-    reason = why_not(strategy.config if isinstance(strategy.config, dict) else None)
+    config = getattr(strategy, "config", None)
+    reason = why_not(config if isinstance(config, dict) else None)
     if reason:
         raise UnsupportedStrategy(
             f"{type(who).__name__} works under {type(strategy).__name__} of ZeRO stages 1 and 2, not yet {reason}, or "
@@ -95,8 +97,9 @@ def refuse_under_zero(trainer: L.Trainer, who: object, what: str, cure: str) -> 
     """
     if what and isinstance(trainer.strategy, DeepSpeedStrategy):
         raise UnsupportedStrategy(
-            f"{type(who).__name__} with {what} does not work under {type(trainer.strategy).__name__}, which takes "
-            f"gradients and moments into pieces of its own during the backward; {cure}"
+            f"{type(who).__name__} with {what} does not give under {type(trainer.strategy).__name__} what it gives on "
+            f"one process (gradients lie in pieces of its own after the backward, and sums of inputs were seen to "
+            f"differ); {cure}"
         )
 
 
@@ -203,8 +206,9 @@ def check_state(state: Mapping[str, Any], recipe: Mapping[str, Any], who: object
             )
 
 
+@runtime_checkable
 class Recipient(Protocol):
-    """A callback with a recipe."""
+    """A compressing callback: it has a recipe, and says when it is done."""
 
     enabled: bool
     complete: bool

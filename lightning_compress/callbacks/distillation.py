@@ -12,7 +12,6 @@ from torch.optim import Optimizer
 
 from lightning_compress.callbacks.clock import Clock, restore_data_place, run_length
 from lightning_compress.callbacks.contract import (
-    ZERO,
     check_state,
     check_unclaimed,
     described,
@@ -24,6 +23,7 @@ from lightning_compress.callbacks.lesson import Lesson
 from lightning_compress.callbacks.order import Claim, check_together
 from lightning_compress.callbacks.probe import first_student_call
 from lightning_compress.callbacks.sameness import takes_part
+from lightning_compress.callbacks.teachable import strategies_of
 from lightning_compress.distillation.comparing import any_width, takes_temperature
 from lightning_compress.distillation.details import Details
 from lightning_compress.distillation.keys import fingerprint
@@ -99,7 +99,7 @@ class Distillation(L.Callback):
             raise ValueError(f"temperature={temperature} was given, but {loss} takes no temperature; leave it out")
         self.layers = (layers,) if isinstance(layers, LayerTerm) else tuple(layers)
         self.details = details or Details()
-        check_source(teacher, student, bool(self.layers), self.details.cache is not None)
+        check_source(teacher, student, bool(self.layers), self.details.cache is not None, self.details.precision)
         self.enabled = enabled and (weight != 0.0 or bool(self.layers))
         self.teacher: nn.Module | None = None
         self.clock = Clock()
@@ -136,9 +136,8 @@ class Distillation(L.Callback):
     # Attaching and detaching
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        averages = isinstance(self.source, MeanTeacher)  # whole weights, after each step
-        sharding, instead = ((), "teach with StartingModel()") if averages else (ZERO, "")
-        if stage != "fit" or not takes_part(self, trainer, pl_module, stage, sharding, instead):
+        strategies = strategies_of(self.source, self.details)
+        if stage != "fit" or not takes_part(self, trainer, pl_module, stage, *strategies):
             return
         check_together(trainer.callbacks)  # type: ignore[attr-defined]
         self._release()
@@ -174,14 +173,19 @@ class Distillation(L.Callback):
             lesson.tried_on(pl_module, *found)
         if self.details.cache is not None:
             teaching.recall = recall_from(self.details.cache, f"{fingerprint(built)} {self.details.precision}")
+        if not teaching.same_part:
+            self.teacher = teaching.teacher.module  # a converted one: the other's memory can go
 
     def _tap(
         self, teaching: Teaching, teacher: RunningTeacher, pl_module: L.LightningModule, found: tuple[Any, Call] | None
     ) -> None:
         """Attach to the layers of both models, paired by name, or by running both on two examples."""
         part = found[1].name if found and teaching.same_part else ""
-        inputs = None if found is None else teaching.arguments(found[1], found[0])
-        pairs = functools.partial(pair_called, pl_module, found and found[1], teacher.module, part, inputs)
+        inputs, whole = (
+            None if found is None else teaching.arguments(found[1], found[0]),
+            self.teacher or teacher.module,
+        )
+        pairs = functools.partial(pair_called, pl_module, found and found[1], whole, part, inputs)
         teaching.terms = tapped_terms(self.layers, pl_module, teacher.module, pairs)
         self._undo += [undo for term in teaching.terms for undo in term.attach(pl_module, teacher.module)]
 
@@ -271,10 +275,7 @@ class Distillation(L.Callback):
     def _state(self) -> dict[str, Any]:
         if self.lesson is None:
             return self._restored or {}
-        teaching = self.lesson.teaching
-        projections = {term.name: term.projections.state_dict() for term in teaching.terms}
-        state: dict[str, Any] = {"clock": self.clock.state_dict(), "sizes": dict(teaching.sizes.sizes)}
-        state |= {"projections": projections} if projections else {}
+        state: dict[str, Any] = {"clock": self.clock.state_dict(), **self.lesson.teaching.state_dict()}
         if isinstance(self.source, OWN) and self.teacher is not None:
             state["followed"] = self._followed
             state["teacher"] = {name: value.detach().cpu().clone() for name, value in self.teacher.state_dict().items()}
@@ -284,9 +285,7 @@ class Distillation(L.Callback):
         if self.lesson is None or not state:
             return
         self.clock.load_state_dict(state["clock"])
-        self.lesson.teaching.sizes.sizes = dict(state["sizes"])
-        for term in self.lesson.teaching.terms:
-            term.projections.load_state_dict(state["projections"][term.name])
+        self.lesson.teaching.load_state_dict(state)
         if "teacher" in state and self.teacher is not None:
             self._followed = state["followed"]
             self.teacher.load_state_dict(state["teacher"])

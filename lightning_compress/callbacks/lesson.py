@@ -122,8 +122,7 @@ class Lesson:
 
     def _forget(self) -> None:
         self._tap.take(), self._peer.take()
-        for term in self.teaching.terms:
-            term.student.take()
+        self.teaching.forget()
 
     def _around_step(
         self, pl_module: L.LightningModule, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -189,8 +188,8 @@ class Lesson:
             losses = {f"compress/loss/{name}": value.detach() for name, value in values.items()}
             losses |= {} if task is None else {"compress/loss/task": task.detach()}
             pl_module.log_dict(losses, batch_size=len(teaching.logits_of(calls[0])))
-        if teaching.details.balanced and task is not None:
-            values = teaching.sizes.scale(task, values)
+        if task is not None:
+            values = teaching.balanced(task, values, self.clock.steps)
         weight = value_at(self.weight, progress)
         own = teaching.details.task_weight
         weights = {each.name: value_at(each.term.weight, progress) for each in teaching.terms} | {"kd": weight}

@@ -33,6 +33,7 @@ __all__ = [
     "remove_channels",
     "saved_trace",
     "trace",
+    "traced_call",
 ]
 
 
@@ -152,13 +153,13 @@ def trace(
     if example is None:
         return None
     with uncompiled():  # its copies and hooks are not what the run compiles
-        traced = _traced(pl_module, *example, include, exclude, removal)
+        traced = traced_call(pl_module, *example, include, exclude, removal)
     # Each process has timed its own, and all must take out the same.
     return replace(traced, curve=trainer.strategy.broadcast(traced.curve)) if traced.curve else traced
 
 
-def _traced(
-    pl_module: L.LightningModule,
+def traced_call(
+    pl_module: nn.Module,
     name: str,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -166,6 +167,7 @@ def _traced(
     exclude: Sequence[Pattern] | None,
     removal: Removal,
 ) -> Traced:
+    """Find the channels that may go when a submodule is called so. Runs once the module is on its device."""
     _check_weights(pl_module)
     module = pl_module.get_submodule(name)
     groups = check_groups(module, find_groups(module, args, kwargs), args, kwargs)

@@ -8,6 +8,7 @@ import lightning.pytorch as L
 from lightning.pytorch.strategies import Strategy
 
 from lightning_compress.callbacks.contract import SHARDING, check_strategy, described
+from lightning_compress.callbacks.gate import add_gate
 from lightning_compress.divergence import digest
 from lightning_compress.errors import ProcessesDiffer
 from lightning_compress.sharding import clean_name, gathered_objects, is_distributed, is_flattened, world_size
@@ -51,6 +52,8 @@ def takes_part(
         check_same_runs(trainer, who, pl_module)
     if who.enabled:
         check_strategy(trainer, who, sharding, instead)
+        if stage == "fit":
+            add_gate(trainer)
     return who.enabled
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from lightning_compress.errors import CompressError
 from lightning_compress.sharding import is_distributed, is_flattened
 
-__all__ = ["MeanTeacher", "Peer", "StartingModel", "check_source", "copy_of", "follow"]
+__all__ = ["MeanTeacher", "Peer", "StartingModel", "check_small", "check_source", "copy_of", "follow"]
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,9 @@ class Peer:
     name: str
 
 
-def check_source(teacher: object, student: str | None, layers: bool, cached: bool) -> None:
+def check_source(
+    teacher: object, student: str | None, layers: bool, cached: bool, precision: str | None = None
+) -> None:
     """Raise if a teacher cannot teach what it is asked to. Runs when `Distillation` is made.
 
     Args:
@@ -66,6 +68,7 @@ def check_source(teacher: object, student: str | None, layers: bool, cached: boo
         student: its name, or None.
         layers: whether it teaches layers.
         cached: whether its logits are kept.
+        precision: of `Details`.
 
     Raises:
         ValueError: with the cure.
@@ -76,8 +79,28 @@ def check_source(teacher: object, student: str | None, layers: bool, cached: boo
         raise ValueError("a Peer teaches by its logits a student that is named: pass student='name', and no layers")
     if cached and (layers or isinstance(teacher, (StartingModel, MeanTeacher, Peer))):
         raise ValueError("a cache holds logits of a teacher that stays as it is: leave out layers=, or the cache")
+    check_small(teacher, precision)
     if teacher is None and not cached:
         raise ValueError("teacher=None reads a cache that another run has written: pass details=Details(cache=...)")
+
+
+def check_small(teacher: object, precision: str | None) -> None:
+    """Raise if a teacher's weights cannot be codes. Runs when `Distillation` is made.
+
+    Args:
+        teacher: as the user gave it.
+        precision: of `Details`.
+
+    Raises:
+        ValueError: a teacher that comes from the student, or none.
+
+    >>> check_small(nn.ReLU(), "int8")
+    """
+    if precision == "int8" and (teacher is None or isinstance(teacher, (StartingModel, MeanTeacher, Peer))):
+        raise ValueError(
+            f"expected a teacher of its own weights for precision='int8', got {teacher}; pass a module or a checkpoint "
+            f"(copy.deepcopy(model) for the starting model), or leave precision out"
+        )
 
 
 def copy_of(student: nn.Module) -> nn.Module:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_compress.distillation.details import Details
+from lightning_compress.distillation.small_weights import shrink_weights
 from lightning_compress.distillation.teachers import call_teacher
 from lightning_compress.errors import CompressError
 
@@ -35,6 +36,8 @@ class RunningTeacher:
         self.autocast = kind == "mixed"
         changed = self.converted and any(parameter.dtype != self.dtype for parameter in module.parameters())
         self.module = copy.deepcopy(module).to(self.dtype) if changed else module
+        if details.precision == "int8":
+            self.module = shrink_weights(copy.deepcopy(module))
         self.device = None if details.device is None else torch.device(details.device)
         self.modes = [(part, part.training) for part in self.module.modules()]
         self.module.eval()

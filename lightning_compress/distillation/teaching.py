@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
+from lightning_compress.distillation.balancing import RunningSizes
 from lightning_compress.distillation.comparing import kept_tokens, keywords_of, takes_temperature
 from lightning_compress.distillation.details import Details
 from lightning_compress.distillation.recall import Recall
@@ -18,11 +20,8 @@ from lightning_compress.distillation.taps import Call, logits_of
 from lightning_compress.distillation.terms import TappedTerm
 from lightning_compress.errors import CompressError
 from lightning_compress.measure.agreement import Agreement
-from lightning_compress.sharding import all_reduce_sum, world_size
 
-__all__ = ["LogitTerm", "RunningSizes", "Teaching", "combined"]
-
-SIZE_MOMENTUM = 0.99
+__all__ = ["LogitTerm", "Teaching", "combined"]
 
 
 def combined(task: Tensor | None, task_weight: float, terms: Sequence[tuple[float, Tensor]]) -> Tensor | None:
@@ -64,22 +63,6 @@ class LogitTerm:
         return self.loss(student, teacher, *([temperature] if takes_temperature(self.loss) else []), **options)
 
 
-class RunningSizes:
-    """Running means of the terms' magnitudes, all from the same steps: what `balanced` scales by."""
-
-    def __init__(self) -> None:
-        self.sizes: dict[str, float] = {}
-
-    def scale(self, task: Tensor, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return each term times (size of the task's loss / size of the term). Runs in each step, before weights."""
-        values = torch.stack([value.detach().float().abs() for value in (task, *terms.values())])
-        now = (all_reduce_sum(values) / world_size()).tolist() if world_size() > 1 else values.tolist()
-        for name, value in zip(("task", *terms), now, strict=True):
-            old = self.sizes.get(name, value)
-            self.sizes[name] = SIZE_MOMENTUM * old + (1.0 - SIZE_MOMENTUM) * value
-        return {name: value * (self.sizes["task"] / max(self.sizes[name], 1e-12)) for name, value in terms.items()}
-
-
 @dataclass
 class Teaching:
     """A teacher at work on a student: the terms of each step.
@@ -93,6 +76,7 @@ class Teaching:
         sizes: of the terms, for `balanced`.
         recall: a store of the teacher's logits, which is asked first.
         agreement: counts where both models find the same class most likely; None does not.
+        read: what each term read of the student in this step, where terms are balanced by gradients.
     """
 
     logits: LogitTerm | None
@@ -103,6 +87,7 @@ class Teaching:
     sizes: RunningSizes = field(default_factory=RunningSizes)
     recall: Recall | None = None
     agreement: Agreement | None = None
+    read: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def logits_of(self, call: Call) -> Tensor:
         """Return the student's logits."""
@@ -120,6 +105,8 @@ class Teaching:
             given: the teacher's outputs, where it is not called here.
         """
         seen = [term.student.take() for term in self.terms]
+        if self.details.balanced == "gradient" and torch.is_grad_enabled():
+            self.read = self._places(calls, seen)
         found: dict[str, list[Tensor]] = {}
         for index, call in enumerate(calls):
             with _Reading(self.terms):
@@ -127,6 +114,49 @@ class Teaching:
                 for name, value in self._terms(index, len(calls), call, output, batch, temperature, seen):
                     found.setdefault(name, []).append(value)
         return {name: torch.stack(values).mean() for name, values in found.items()}
+
+    def forget(self) -> None:
+        """Let go of what was read in a step. Runs at its end."""
+        self.read = {}
+        for term in self.terms:
+            term.student.take()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is learned: the terms' sizes and projections."""
+        projections = {term.name: term.projections.state_dict() for term in self.terms}
+        return {"sizes": dict(self.sizes.sizes)} | ({"projections": projections} if projections else {})
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state_dict` gave; other keys are not looked at."""
+        self.sizes.sizes = dict(state["sizes"])
+        for term in self.terms:
+            term.projections.load_state_dict(state["projections"][term.name])
+
+    def balanced(self, task: Tensor, values: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+        """Return the terms in the proportion to the task's loss that `Details(balanced=...)` asks for.
+
+        Args:
+            task: the step's own loss.
+            values: of `values`, for the same calls.
+            step: optimizer steps so far.
+        """
+        if not self.details.balanced:
+            return values
+        if self.details.balanced == "gradient":
+            return self.sizes.scale_gradients(task, values, self.read, step)
+        return self.sizes.scale(task, values)
+
+    def _places(self, calls: Sequence[Call], seen: Sequence[Mapping[str, list[Tensor]]]) -> dict[str, list[Tensor]]:
+        """Return what each term reads of the student, as tensors that the task's loss depends on too."""
+        layers = zip(self.terms, seen, strict=True)
+        found = {term.name: [value for values in own.values() for value in values] for term, own in layers}
+        return {"kd": [leaf for call in calls for leaf in self._outputs_of(call)], **found}
+
+    def _outputs_of(self, call: Call) -> list[Tensor]:
+        leaves = [leaf for leaf in pytree.tree_leaves(call.output) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        logits = self.logits_of(call)
+        # Hidden states among the outputs lie deep in the network; logits made by `outputs` are not the task's.
+        return [logits] if not leaves or any(leaf is logits for leaf in leaves) else leaves
 
     @contextmanager
     def trying(self) -> Iterator[None]:

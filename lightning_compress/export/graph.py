@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from onnx_ir.convenience import replace_all_uses_with
 from torch import Tensor
 
-__all__ = ["Editor", "array_of", "input_of", "only_reader", "scopes_of", "vector_of"]
+__all__ = ["Editor", "array_of", "input_of", "name_folded_weights", "only_reader", "scopes_of", "vector_of"]
 
 SCOPES = "pkg.torch.onnx.name_scopes"  # the exporter's note on a node: the modules it lies in, then its own name
 
@@ -94,6 +94,27 @@ def scopes_of(node: ir.Node) -> list[str]:
     """Return the names of the modules that a node of the exporter lies in, outermost first."""
     scopes: list[str] = ast.literal_eval(node.metadata_props.get(SCOPES, "[]"))
     return scopes[:-1]
+
+
+def name_folded_weights(graph: ir.Graph, known: Container[str]) -> None:
+    """Name the transposed weight of a product after the module it lies in; the exporter numbers what it folds.
+
+    A weight then has one name in a model's float32 file, its int8 file and its checkpoint. Runs at the end of an
+    export, while the nodes still say where they come from.
+
+    Args:
+        graph: changed in place.
+        known: names of the module's parameters; any other name would be made up.
+    """
+    for node in graph:
+        weight = node.inputs[1] if node.op_type == "MatMul" else None
+        if weight is None or not weight.is_initializer() or only_reader(weight) is not node:
+            continue
+        name = ".".join([*scopes_of(node)[-1:], "weight"])
+        if weight.name not in known and name in known and name not in graph.initializers:
+            del graph.initializers[str(weight.name)]
+            weight.name = name
+            graph.register_initializer(weight)
 
 
 def only_reader(value: ir.Value) -> ir.Node | None:

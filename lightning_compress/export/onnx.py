@@ -97,12 +97,14 @@ def export_onnx(  # noqa: PLR0913 - all but three have defaults; what a file is 
 def _rewrite(model: ir.Model, module: nn.Module, ranges: Ranges | None, profile: Profile) -> None:
     # These need onnx-ir, an optional package.
     from lightning_compress.export.faster import spread_layer_norms
+    from lightning_compress.export.graph import name_folded_weights
     from lightning_compress.export.qdq import insert_qdq
 
     if profile.rewritten:
         spread_layer_norms(model.graph)
     if ranges is not None:
         insert_qdq(model, module, ranges, profile)
+    name_folded_weights(model.graph, dict(module.named_parameters(remove_duplicate=False)))
     strip(model)
 
 

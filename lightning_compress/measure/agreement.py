@@ -9,8 +9,9 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_compress.distillation.comparing import check_mask, divergence
+from lightning_compress.measure.calibration import check_judged
 
-__all__ = ["Agreement", "MeanDivergence"]
+__all__ = ["Agreement", "Flips", "MeanDivergence"]
 
 CHUNK = 2**24  # elements that are in float64 at one time
 
@@ -105,6 +106,44 @@ class MeanDivergence(Metric):
     def compute(self) -> Tensor:
         """Return the mean so far."""
         return self.divergence / self.total
+
+
+class Flips(Metric):
+    """How many examples only one of two models gets right: what their accuracies' difference is made of.
+
+    A torchmetrics metric, as `Agreement` is; counts are summed over processes. `compute` gives a dict of int64
+    tensors, `right_to_wrong` and `wrong_to_right`, which `self.log_dict` takes. Logits with NaN among them are wrong.
+
+    Args:
+        kwargs: options of every torchmetrics metric, such as sync_on_compute.
+
+    >>> metric = Flips()
+    >>> metric.update(torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 1.0]]), torch.tensor([0]))
+    >>> metric.compute()
+    {'right_to_wrong': tensor(1), 'wrong_to_right': tensor(0)}
+    """
+
+    full_state_update = False
+    is_differentiable = False
+    right_to_wrong: Tensor
+    wrong_to_right: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        for name in ("right_to_wrong", "wrong_to_right"):
+            self.add_state(name, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, before: Tensor, after: Tensor, labels: Tensor) -> None:
+        """Take in a batch; arguments and errors are those of `CalibrationGap.update`."""
+        check_judged(before, after, labels)
+        (one, first), (other, second) = before.max(dim=-1), after.max(dim=-1)
+        right, still = (first == labels) & ~one.isnan(), (second == labels) & ~other.isnan()
+        self.right_to_wrong += (right & ~still).sum()  # a label below 0 is nobody's answer
+        self.wrong_to_right += (~right & still).sum()
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return the counts so far."""
+        return {"right_to_wrong": self.right_to_wrong, "wrong_to_right": self.wrong_to_right}
 
 
 def _kept(first: Tensor, second: Tensor, mask: Tensor | None) -> Tensor:

@@ -10,11 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from lightning_compress.export.runtime import onnx_session
+from lightning_compress.measure.differences import Differences, compare_predictions
+from lightning_compress.measure.entropy import entropy_bound_bytes_onnx
 from lightning_compress.measure.latency import Latency, compare_latency
+from lightning_compress.measure.layers import layer_changes
 from lightning_compress.measure.report import Measurement, Report, compare
-from lightning_compress.measure.size import count_nonzero_onnx, file_bytes, zipped_bytes
+from lightning_compress.measure.size import count_nonzero_onnx, file_bytes, per_layer_onnx, zipped_bytes
 
 __all__ = ["compare_onnx", "predict_onnx"]
 
@@ -50,7 +54,9 @@ def compare_onnx(
     """Measure two ONNX classifiers on the same examples. Runs after `export_onnx`.
 
     Accuracy is the share of examples whose largest logit is the label; latency is of one batch of `batch_size`, the
-    files in turn, so that the ratio holds on a busy machine; zeros are counted in the files' weights.
+    files in turn, so that the ratio holds on a busy machine; zeros are counted in the files' weights. Which answers
+    changed is in the report where both files have the same classes and labels are integers; zeros and bits of each
+    weight are in it too.
 
     Args:
         before: the dense file.
@@ -75,15 +81,22 @@ def compare_onnx(
             f"expected one label for each of the {len(arrays[0])} examples, got {len(wanted)}; inputs is a tuple or "
             f"dict with one array for each input of the files, such as (images,)"
         )
-    runners = [_runner(path, arrays, threads) for path in (before, after)]
+    paths = (before, after)
+    runners = [_runner(path, arrays, threads) for path in paths]
     batch = slice(0, batch_size)
     calls = {name: functools.partial(run, batch) for name, run in zip(names, runners, strict=True)}
     latency = compare_latency(calls, runs=runs, threads=threads)
-    measured = []
-    for name, path in zip(names, (before, after), strict=True):
-        chosen = predict_onnx(path, *arrays, batch_size=batch_size, threads=threads).argmax(axis=-1)
-        measured.append(_measurement(name, path, float((chosen == wanted).mean()), latency[name]))
-    return compare(*measured, about=_about(len(wanted), batch_size))
+    logits = [predict_onnx(path, *arrays, batch_size=batch_size, threads=threads) for path in paths]
+    measured = [
+        _measurement(name, path, float((own.argmax(axis=-1) == wanted).mean()), latency[name])
+        for name, path, own in zip(names, paths, logits, strict=True)
+    ]
+    return compare(
+        *measured,
+        about=_about(len(wanted), batch_size),
+        layers=layer_changes(*(per_layer_onnx(path) for path in paths)),
+        differences=_differences(logits[0], logits[1], wanted),
+    )
 
 
 def _runner(path: str | Path, arrays: Sequence[np.ndarray], threads: int) -> Callable[[slice], np.ndarray]:
@@ -102,10 +115,26 @@ def _runner(path: str | Path, arrays: Sequence[np.ndarray], threads: int) -> Cal
     return run
 
 
+def _differences(before: np.ndarray, after: np.ndarray, labels: np.ndarray) -> Differences | None:
+    """Compare the answers; None for files with other outputs, of which only the accuracy can be compared."""
+    if before.shape != after.shape or before.ndim != 2 or not np.issubdtype(labels.dtype, np.integer):
+        return None
+    one, other = (torch.from_numpy(np.ascontiguousarray(logits)) for logits in (before, after))
+    return compare_predictions(one, other, torch.from_numpy(labels.astype(np.int64)))
+
+
 def _measurement(name: str, path: str | Path, accuracy: float, latency: Latency) -> Measurement:
     count = count_nonzero_onnx(path)
-    sizes = file_bytes(path), zipped_bytes(path)
-    return Measurement(name, {"ONNX file": accuracy}, *sizes, count.nonzero, count.total, latency)
+    return Measurement(
+        name,
+        {"ONNX file": accuracy},
+        size_bytes=file_bytes(path),
+        zipped_bytes=zipped_bytes(path),
+        nonzero=count.nonzero,
+        total=count.total,
+        latency=latency,
+        entropy_bytes=entropy_bound_bytes_onnx(path),
+    )
 
 
 def _about(examples: int, batch_size: int) -> dict[str, str]:

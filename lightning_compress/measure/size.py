@@ -26,8 +26,11 @@ __all__ = [
     "count_nonzero_onnx",
     "file_bytes",
     "per_layer",
+    "per_layer_onnx",
     "zipped_bytes",
 ]
+
+_NO_WEIGHTS = ("bool", "int32", "int64", "uint32", "uint64")  # types of an ONNX file's indices, masks and shapes
 
 
 @dataclass(frozen=True)
@@ -167,8 +170,23 @@ def _place(tensor: Tensor) -> tuple[object, ...]:
 def count_nonzero_onnx(path: str | Path, min_dims: int = 2) -> Count:
     """Count the weights of an ONNX file that do not stand for zero.
 
-    Weights are initializers of at least `min_dims` dimensions: biases, scales and zero points have fewer. A
-    weight that a DequantizeLinear reads is zero where it equals its zero point.
+    Weights are initializers of at least `min_dims` dimensions: biases, scales and zero points have fewer. Indices and
+    masks, integers of 32 bits or more and bool, are none. A weight that a DequantizeLinear reads is zero where it
+    equals its zero point.
+
+    Raises:
+        ImportError: onnx is not installed.
+        FileNotFoundError: Nothing is at `path`.
+    """
+    rows = per_layer_onnx(path, min_dims)
+    return Count(sum(row.nonzero for row in rows), sum(row.total for row in rows))
+
+
+def per_layer_onnx(path: str | Path, min_dims: int = 2) -> list[LayerRow]:
+    """One row for each weight of an ONNX file, as `count_nonzero_onnx` counts them, in the file's order.
+
+    Names are the file's. What `export_onnx` adds to the name of integers is left out, so that a weight has the same
+    name in its float32 and its int8 file. `bits` is the width of the type it is stored as.
 
     Raises:
         ImportError: onnx is not installed.
@@ -178,13 +196,18 @@ def count_nonzero_onnx(path: str | Path, min_dims: int = 2) -> Count:
         import onnx
         from onnx import numpy_helper
     except ImportError as error:
-        raise ImportError('count_nonzero_onnx needs onnx: pip install "lightning-compress[onnx]"') from error
+        raise ImportError('to count an ONNX file needs onnx: pip install "lightning-compress[onnx]"') from error
     model = onnx.load(str(path))
     values = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-    zeros = _zero_points(model, values)
-    weights = {name: value for name, value in values.items() if value.ndim >= min_dims}
-    nonzero = sum(int((value != zeros.get(name, 0)).sum()) for name, value in weights.items())
-    return Count(nonzero, sum(value.size for value in weights.values()))
+    zeros, rows = _zero_points(model, values), list[LayerRow]()
+    for name, value in values.items():
+        if value.ndim >= min_dims and value.dtype.name not in _NO_WEIGHTS:
+            count = Count(int((value != zeros.get(name, 0)).sum()), value.size)
+            # 4-bit types come as arrays of ml_dtypes, one to a byte; their names say how wide they are.
+            bits = 4 if value.dtype.name in ("int4", "uint4") else value.dtype.itemsize * 8
+            shown = name.removesuffix(":int")
+            rows.append(LayerRow(shown, value.shape, count.total, count.nonzero, count.sparsity, bits))
+    return rows
 
 
 def _zero_points(model: ModelProto, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["NOT_MEASURED", "count", "fraction", "percent", "points", "step", "three_digits", "times"]
+__all__ = ["NOT_MEASURED", "count", "fraction", "joules", "percent", "points", "step", "three_digits", "times"]
 
 NOT_MEASURED = "not measured"
 
@@ -45,6 +45,17 @@ def fraction(value: float | None) -> str:
     'not measured'
     """
     return NOT_MEASURED if value is None else f"{value:.4f}"
+
+
+def joules(value: float | None) -> str:
+    """An energy in the unit that keeps its digits short.
+
+    >>> joules(0.0123), joules(45.6)
+    ('12.3 mJ', '45.6 J')
+    """
+    if value is None:
+        return NOT_MEASURED
+    return f"{three_digits(value)} J" if value >= 1 or value == 0 else f"{three_digits(1000 * value)} mJ"
 
 
 def step(before: float | None, after: float | None) -> str:

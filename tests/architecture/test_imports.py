@@ -13,7 +13,7 @@ OWNERS = {  # what may be imported only where: files, or folders with a slash at
     "torch.distributed": ("sharding.py",),
 }
 INNER_RINGS = (
-    "pruning/", "quantization/", "distillation/", "measure/", "export/",
+    "pruning/", "quantization/", "distillation/", "measure/", "export/", "search/",
     "schedule.py", "window.py", "select.py", "errors.py", "sharding.py",
 )  # fmt: skip
 OUTER_RING = ("callbacks", "cli", "demo", "tracking", "__main__")

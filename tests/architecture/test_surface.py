@@ -24,6 +24,7 @@ OPTIONAL = (
     "onnxscript",
     "matplotlib",
     "jsonargparse",
+    "optuna",
 )
 
 # Lightning itself imports some optional packages when they are installed, so who imports counts.

@@ -23,6 +23,7 @@ from lightning_compress import (
     GradualPruning,
     LotteryRewinding,
     QuantizationAwareTraining,
+    ReadyGate,
     Reconstruction,
     SparsityRegularization,
     Steps,
@@ -365,6 +366,18 @@ def reported(run: Run) -> None:
     assert all(path.stat().st_size for path in watching.files.values())
 
 
+# Gate
+
+
+def gate(module: L.LightningModule) -> list[L.Callback]:
+    return [*pruning(module), ReadyGate()]
+
+
+def opened(run: Run) -> None:
+    pruned(run)
+    assert run.of(ReadyGate).open
+
+
 ROWS: tuple[Row, ...] = (
     Row(
         "pruning",
@@ -511,6 +524,16 @@ ROWS: tuple[Row, ...] = (
         acted=reported,
         logs=frozenset({"compress/ready", "compress/size_bytes"}),
         excused={"NaN weights are named": "it counts and reports weights, whatever they are"},
+    ),
+    Row(
+        "gate",
+        ReadyGate,
+        make=gate,
+        default=lambda module: [GradualPruning(0.8), ReadyGate()],
+        off=(lambda module: [GradualPruning(0.0), ReadyGate(enabled=False)],),
+        acted=opened,
+        memory=masks,
+        logs=frozenset({"compress/sparsity"}),
     ),
 )
 

@@ -18,6 +18,7 @@ from lightning_compress import (
     GradualPruning,
     LotteryRewinding,
     QuantizationAwareTraining,
+    ReadyGate,
     Reconstruction,
     SparsityRegularization,
     StructuredPruning,
@@ -28,7 +29,7 @@ from tests.conformance.modules import Adversaries, Causal, Manual, Small
 from tests.conformance.running import KeepRandomness, Run, build, differing, train, trainer_for
 
 # These bring their own company, which cannot be there twice; their order is tried by their own tests.
-ACCOMPANIED = (CompressionMonitor, LotteryRewinding)
+ACCOMPANIED = (CompressionMonitor, LotteryRewinding, ReadyGate)
 COMPRESSING = tuple(row for row in ROWS if row.callback not in ACCOMPANIED)
 # Two that prune the same weights cannot meet, nor two that quantize the same layers.
 PRUNING = {GradualPruning, Reconstruction, SparsityRegularization, StructuredPruning}

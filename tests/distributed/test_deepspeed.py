@@ -24,6 +24,7 @@ Cells = dict[str, dict[str, Tensor]]
 needs_deepspeed = [
     pytest.mark.optional,
     pytest.mark.distributed,
+    pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="pip install deepspeed"),
 ]
 

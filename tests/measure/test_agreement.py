@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_compress.measure import Agreement, MeanDivergence
+from lightning_compress.measure import Agreement, MeanDivergence, agreement
 
 METRICS = (Agreement, MeanDivergence)
 STATES = {Agreement: ("agreeing", "total"), MeanDivergence: ("divergence", "total")}
@@ -105,7 +105,7 @@ def test_a_tiny_divergence_is_not_rounding():
 def test_many_classes_go_in_pieces(monkeypatch):
     first, second, mask = drawn(3, (9, 2, 5))
     whole = measured(MeanDivergence(), (first, second, mask))
-    monkeypatch.setattr("lightning_compress.measure.agreement.CHUNK", 17)
+    monkeypatch.setattr(agreement, "CHUNK", 17)
     assert measured(MeanDivergence(), (first, second, mask)) == pytest.approx(whole, rel=1e-14)
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,14 @@ def test_report_holds_what_the_files_do(files: tuple[Path, Path, nn.Module, nn.M
     assert report.after.latency is not None
     assert report.after.latency.threads == 1
     assert report.changes()["speedup"] > 0
+    flips = (dense(inputs).argmax(1) != sparse(inputs).argmax(1)).nonzero()[:, 0].tolist()
+    assert report.differences is not None
+    assert sorted(flip.index for flip in report.differences.flips) == flips
+    rows = {row.name: row.after.sparsity for row in report.layers if row.after is not None}
+    assert rows == {"0.weight": pytest.approx(5 / 6), "2.weight": 0.0}
+    assert report.before.entropy_bytes is not None
+    # All weights but 5 / 6 of the first layer's differ: log2 of how many there are, for each.
+    assert report.before.entropy_bytes > report.after.entropy_bytes > 64 * 3 * math.log2(64 * 3) / 8
 
 
 def test_predictions_are_those_of_the_module_whatever_the_batch(

@@ -99,7 +99,7 @@ def test_unequal_and_unstated_threads_are_shown():
 
 def test_json_is_plain_and_whole():
     got = json.loads(json.dumps(compare(DENSE, SMALL, about=ABOUT).json(), allow_nan=False))
-    assert got["schema"] == 1
+    assert got["schema"] == 2
     assert got["about"] == ABOUT
     assert got["before"]["latency"]["p90_ms"] == 4.5
     assert got["after"]["sparsity"] == pytest.approx(0.9)
@@ -115,10 +115,12 @@ def test_json_has_null_for_what_was_not_measured():
     assert set(got["changes"].values()) == {None}
 
 
-def test_save_writes_both_files_and_says_where(tmp_path):
+def test_save_writes_three_files_and_says_where(tmp_path):
     report = compare(DENSE, SMALL, about=ABOUT)
     paths = report.save(tmp_path / "new" / "folder")
-    assert {name: path.name for name, path in paths.items()} == {n: n for n in ("report.md", "report.json")}
+    assert {name: path.name for name, path in paths.items()} == {
+        n: n for n in ("report.md", "report.json", "report.html")
+    }
     assert paths["report.md"].read_text(encoding="utf-8") == report.markdown()
     assert json.loads(paths["report.json"].read_text(encoding="utf-8")) == json.loads(json.dumps(report.json()))
 
