@@ -152,7 +152,7 @@ class QuantizationAwareTraining(L.Callback):
             grids = {name: self.quantized.grids(name) for name in layers}
             check_tensor_parallel(grids, self.details, type(self).__name__)
         if learning and stage == "fit":
-            check_learning(trainer, self, learning)
+            check_learning(trainer, self, str(learning))
         check_together(trainer.callbacks)  # type: ignore[attr-defined]
         self.quantized.attach(self.details.compiled, keep_weight=trainer.accumulate_grad_batches > 1)
         if self.outputs.placed:
