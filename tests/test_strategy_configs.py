@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from tests.distributed.strategies import OnCPU
 ROOT = Path(__file__).parents[1]
 OVERLAYS = [str(ROOT / "configs" / f"{name}.yaml") for name in ("prune", "qat_int8", "distill")]
 OURS = [GradualPruning, QuantizationAwareTraining, Distillation]
-STRATEGIES = ("ddp", "fsdp", "fsdp2")
+STRATEGIES = ("ddp", "fsdp", "fsdp2", "deepspeed")
 
 
 def config(name: str) -> Path:
@@ -92,5 +93,10 @@ def test_an_overlay_sets_the_strategy_and_the_devices_only(name: str) -> None:
     assert parsed["trainer"].keys() == {"strategy", "devices"}
 
 
-def test_there_is_none_for_deepspeed() -> None:
-    assert not config("deepspeed").exists()
+def test_deepspeed_is_built_and_refused_by_lightning_where_it_is_missing(
+    users: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if importlib.util.find_spec("deepspeed") is not None:
+        pytest.skip("DeepSpeed is installed: tests/distributed/test_deepspeed.py runs it")
+    with pytest.raises(ValueError, match="you must have DeepSpeed installed"):
+        cli_for(monkeypatch, users, *OVERLAYS, str(config("deepspeed")), options=("--trainer.devices=2",))
