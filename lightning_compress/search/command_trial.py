@@ -70,6 +70,8 @@ class CommandTrial:
         watched = {"trainer": {"default_root_dir": str(own), "callbacks+": [watcher]}}
         paths[1].write_text(json.dumps(watched), encoding="utf-8")
         environment = {"WANDB_RUN_GROUP": self.group, "WANDB_NAME": own.name, **os.environ, TRIAL: own.name}
+        # A process that has used wandb names its service here; a trial's files would go where that one was started.
+        environment.pop("WANDB_SERVICE", None)
         with (own / "output.txt").open("w", encoding="utf-8") as output:
             process = subprocess.Popen(
                 self.command(paths if overlay else paths[1:]), stdout=output, stderr=subprocess.STDOUT, env=environment

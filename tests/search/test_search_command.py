@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
 import pytest
+import wandb
 import yaml
 
 from lightning_compress.cli import main
@@ -55,6 +57,9 @@ def test_the_winner_is_an_overlay_that_gives_the_same_again(
     logger = {"class_path": "lightning.pytorch.loggers.WandbLogger", "init_args": {"offline": True, "project": "p"}}
     config["trainer"]["logger"] = logger
     (folder / "user.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    (folder / "elsewhere").mkdir()
+    wandb.init(mode="offline", project="p", dir=folder / "elsewhere", settings={"silent": True}).finish()
+    assert "WANDB_SERVICE" in os.environ  # this process has one, and its trials must have their own
     options = ["--metric", "val_loss", "--dense", "0.9", "--drop", "1", "--trials", "2", "--workers", "2"]
     assert searched(monkeypatch, *options) == 0
     said = capsys.readouterr().out
@@ -66,7 +71,7 @@ def test_the_winner_is_an_overlay_that_gives_the_same_again(
     best = min(trials, key=lambda result: result["size_bytes"])
     assert f"val_loss {best['val_loss']:.6g}" in text
 
-    assert [group_of(log) for log in folder.rglob("run-*.wandb")] == ["search-search"] * 2
+    assert [group_of(log) for log in (folder / "wandb").rglob("run-*.wandb")] == ["search-search"] * 2
 
     again = CommandTrial(("-c", "user.yaml"), None, folder / "again", "val_loss", "group")
     reports = []
