@@ -17,7 +17,6 @@ import os
 import platform
 import sys
 import tempfile
-import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -32,8 +31,8 @@ from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from models import SentenceClassifier, sentence_batch
-from overhead import ALLOCATOR, Stopwatch, Turns
-from training import Endless
+from overhead import ALLOCATOR, Stopwatch, Turns, in_turns
+from training import Endless, quiet_trainer
 
 from examples.images import Classifier
 from lightning_compress import CompressionMonitor, GradualPruning, QuantizationAwareTraining
@@ -85,32 +84,13 @@ def measure(
     watches = {name: Stopwatch(name, turns, steps) for name in names}
 
     def fit(name: str) -> None:
-        torch.set_num_threads(1)  # the pool belongs to the thread
-        try:
-            callbacks = [GradualPruning(0.9), QuantizationAwareTraining(), *names[name]]
-            trainer = L.Trainer(
-                max_steps=steps,
-                accelerator="cpu",
-                callbacks=[watches[name], *callbacks, End(watches[name])],
-                logger=logger(f"{folder}/{name}"),
-                enable_progress_bar=False,
-                enable_model_summary=False,
-                enable_checkpointing=False,
-            )
-            trainer.fit(copy.deepcopy(module), torch.utils.data.DataLoader(Endless(batch), batch_size=None))
-        except BaseException as error:
-            turns.fail(error)
-            raise
+        callbacks = [GradualPruning(0.9), QuantizationAwareTraining(), *names[name]]
+        # The watch's first hook comes before all callbacks, its second after them.
+        watched = [watches[name], *callbacks, End(watches[name])]
+        trainer = quiet_trainer(watched, max_steps=steps, logger=logger(f"{folder}/{name}"))
+        trainer.fit(copy.deepcopy(module), torch.utils.data.DataLoader(Endless(batch), batch_size=None))
 
-    # The watch's first hook comes before all callbacks, its second after them.
-    threads = [threading.Thread(target=fit, args=(name,), daemon=True) for name in names]
-    for thread in threads:
-        thread.start()
-    turns.pass_on()
-    for thread in threads:
-        thread.join()
-    if turns.failure is not None:
-        raise turns.failure
+    in_turns(turns, names, fit)
     found = {name: np.array(watch.steps)[:, 0] for name, watch in watches.items()}
     looks = len({row.step for row in monitor.rows})
     return {**found, "hooks": sum(monitor.seconds), "looks": looks, "longest": max(monitor.seconds)}

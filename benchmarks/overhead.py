@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from models import ImageClassifier, SentenceClassifier, image_batch, sentence_batch
-from training import RUN_STEPS, Endless
+from training import RUN_STEPS, Endless, quiet_trainer
 
 from lightning_compress import Constant, Distillation, GradualPruning, QuantizationAwareTraining
 from lightning_compress.distillation.details import Details as Teaching
@@ -157,6 +157,27 @@ def variants(module: L.LightningModule, folder: str) -> dict[str, list[L.Callbac
     }
 
 
+def in_turns(turns: Turns, names: Iterable[str], fit: Callable[[str], None]) -> None:
+    """Run one fit a name in threads of their own, a step of each after the other; raise what one of them raised."""
+
+    def guarded(name: str) -> None:
+        torch.set_num_threads(1)  # the pool belongs to the thread
+        try:
+            fit(name)
+        except BaseException as error:
+            turns.fail(error)
+            raise
+
+    threads = [threading.Thread(target=guarded, args=(name,), daemon=True) for name in names]
+    for thread in threads:
+        thread.start()
+    turns.pass_on()
+    for thread in threads:
+        thread.join()
+    if turns.failure is not None:
+        raise turns.failure
+
+
 def measure(make: Callable[[], L.LightningModule], batch: Any, rounds: int, folder: str) -> dict[str, np.ndarray]:
     """Return, for each variant, (rounds, 2) seconds of CPU and wall clock."""
     torch.manual_seed(0)
@@ -167,30 +188,10 @@ def measure(make: Callable[[], L.LightningModule], batch: Any, rounds: int, fold
     watches = {name: Stopwatch(name, turns, WARMUP + rounds, extra.get(name)) for name in table}
 
     def fit(name: str) -> None:
-        torch.set_num_threads(1)  # the pool belongs to the thread
-        try:
-            trainer = L.Trainer(
-                max_epochs=1,
-                accelerator="cpu",
-                callbacks=[*table[name], watches[name]],
-                logger=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-                enable_checkpointing=False,
-            )
-            trainer.fit(copy.deepcopy(module), torch.utils.data.DataLoader(Endless(batch), batch_size=None))
-        except BaseException as error:
-            turns.fail(error)
-            raise
+        trainer = quiet_trainer([*table[name], watches[name]], max_epochs=1)
+        trainer.fit(copy.deepcopy(module), torch.utils.data.DataLoader(Endless(batch), batch_size=None))
 
-    threads = [threading.Thread(target=fit, args=(name,), daemon=True) for name in table]
-    for thread in threads:
-        thread.start()
-    turns.pass_on()
-    for thread in threads:
-        thread.join()
-    if turns.failure is not None:
-        raise turns.failure
+    in_turns(turns, table, fit)
     times = {name: watch.steps for name, watch in watches.items()}
     times["teacher forward"] = watches["distillation"].extra
     return {name: np.array(steps[WARMUP:]) for name, steps in times.items()}

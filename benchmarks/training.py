@@ -26,13 +26,12 @@ class Endless(IterableDataset):
 
 
 def quiet_trainer(callbacks: list[L.Callback], **options: Any) -> L.Trainer:
-    """Return a Trainer on the CPU without logger, checkpoints, progress bar and summary."""
+    """Return a Trainer on the CPU without checkpoints, progress bar and summary, and without a logger but yours."""
     return L.Trainer(
         accelerator="cpu",
         callbacks=callbacks,
-        logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        **options,
+        **{"logger": False, **options},
     )

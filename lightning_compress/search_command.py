@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_compress.errors import CompressError
 from lightning_compress.search import strategies
-from lightning_compress.search.command_trial import CommandTrial
+from lightning_compress.search.command_trial import RESULT, CommandTrial
 from lightning_compress.search.early import Median
 from lightning_compress.search.objective import Smallest, checked_result
 from lightning_compress.search.overlay import filled, space_of
@@ -111,7 +111,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _dense(trial: CommandTrial, options: argparse.Namespace, about: Mapping[str, Any]) -> float:
     """Return the metric of a run without compression; it is run once for the same command and files."""
     name = f"dense-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]}"
-    known = trial.folder / name / "result.json"
+    known = trial.folder / name / RESULT
     if known.exists():
         result = json.loads(known.read_text(encoding="utf-8"))
     else:

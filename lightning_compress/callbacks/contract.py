@@ -25,11 +25,12 @@ __all__ = [
     "FORMAT",
     "SHARDING",
     "ZERO",
-    "Recipient",
+    "Compression",
     "check_learning",
     "check_state",
     "check_strategy",
     "check_unclaimed",
+    "compressions",
     "described",
     "gradients_are_read",
     "is_final_at_setup",
@@ -207,16 +208,30 @@ def check_state(state: Mapping[str, Any], recipe: Mapping[str, Any], who: object
 
 
 @runtime_checkable
-class Recipient(Protocol):
-    """A compressing callback: it has a recipe, and says when it is done."""
+class Compression(Protocol):
+    """A callback of this package that compresses: it has a recipe, and says when it is done."""
 
     enabled: bool
-    complete: bool
-    state_key: Any
+
+    @property
+    def complete(self) -> bool:
+        """Whether the target has been reached."""
+        ...
 
     def recipe(self) -> dict[str, Any]:
         """Return the options as primitives."""
         ...
+
+
+class Recipient(Compression, Protocol):
+    """A compressing callback with a state in checkpoints."""
+
+    state_key: Any
+
+
+def compressions(trainer: L.Trainer) -> list[Compression]:
+    """Return the Trainer's callbacks that compress, in its order."""
+    return [callback for callback in trainer.callbacks if isinstance(callback, Compression)]  # type: ignore[attr-defined]
 
 
 def state_key(who: Recipient) -> str:

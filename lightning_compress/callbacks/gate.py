@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_compress.callbacks.contract import Recipient
+from lightning_compress.callbacks.contract import Compression, compressions
 
 __all__ = ["ReadyGate", "add_gate"]
 
@@ -37,14 +37,14 @@ class ReadyGate(L.Callback):
         self.open = False
         self.added = False  # by a compressing callback, for this fit only
         self._thresholds: dict[EarlyStopping, float | None] = {}
-        self._compressions: list[Recipient] = []
+        self._compressions: list[Compression] = []
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "fit" and trainer.global_step == 0:
             self.open = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._compressions = [c for c in _callbacks(trainer) if isinstance(c, Recipient)]
+        self._compressions = compressions(trainer)
         if self._shut:
             self._thresholds = {each: each.stopping_threshold for each in _early_stoppings(trainer)}
             self._hold(trainer)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
 
 import lightning.pytorch as L
 import torch
@@ -20,21 +19,9 @@ from lightning_compress.quantization.projections import weight_names
 from lightning_compress.schedule import Moment
 from lightning_compress.sharding import clean_name
 
-__all__ = ["Compression", "Look", "Pace", "look", "moments", "pace"]
+__all__ = ["Look", "Pace", "look", "moments", "pace"]
 
 LEAST_STEPS = 40  # between looks at fractions of a run, so that a short run doesn't pay more a step than a long one
-
-
-@runtime_checkable
-class Compression(Protocol):
-    """A callback of this package that compresses: it has a recipe, and says when it is done."""
-
-    enabled: bool
-    complete: bool
-
-    def recipe(self) -> dict[str, Any]:
-        """Return the options as primitives."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -112,7 +99,7 @@ class Look:
     def rows(self, biases: bool) -> list[LayerRow]:
         """One row for each weight, or for each parameter."""
         return [
-            LayerRow(name, self.shapes[name], count.total, count.nonzero, count.sparsity, self.bits[name])
+            LayerRow.counted(name, self.shapes[name], count, self.bits[name])
             for name, count in self.counts.items()
             if biases or len(self.shapes[name]) > 1
         ]

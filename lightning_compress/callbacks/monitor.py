@@ -11,8 +11,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_compress import tracking
-from lightning_compress.callbacks.contract import SHARDING, check_state, saved_state
-from lightning_compress.callbacks.looking import Compression, Look, Pace, look, moments, pace
+from lightning_compress.callbacks.contract import SHARDING, Compression, check_state, compressions, saved_state
+from lightning_compress.callbacks.looking import Look, Pace, look, moments, pace
 from lightning_compress.callbacks.notes import Notes
 from lightning_compress.callbacks.outcome import Outcome, measured, save_files, show
 from lightning_compress.callbacks.structured import StructuredPruning
@@ -85,7 +85,7 @@ class CompressionMonitor(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        if not _compressions(trainer):
+        if not compressions(trainer):
             raise NothingToCompress(
                 "CompressionMonitor found nothing to watch; add GradualPruning, QuantizationAwareTraining, "
                 "Distillation or another of this package's callbacks to the Trainer's, or remove the monitor"
@@ -94,7 +94,7 @@ class CompressionMonitor(L.Callback):
             self.notes = Notes()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._ready, self._watched, self._parts = None, _compressions(trainer), None
+        self._ready, self._watched, self._parts = None, compressions(trainer), None
         self._pace, self._moments = pace(trainer, self.every), moments(trainer, self.histograms)
         if isinstance(trainer.strategy, SHARDING) and _records(trainer):
             parameters = {clean_name(name): parameter for name, parameter in pl_module.named_parameters()}
@@ -236,10 +236,6 @@ class CompressionMonitor(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         check_state(state_dict, {}, self)
         self.notes.load_state_dict(state_dict)
-
-
-def _compressions(trainer: L.Trainer) -> list[Compression]:
-    return [callback for callback in trainer.callbacks if isinstance(callback, Compression)]  # type: ignore[attr-defined]
 
 
 def _records(trainer: L.Trainer) -> bool:

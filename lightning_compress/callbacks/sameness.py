@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import lightning.pytorch as L
 from lightning.pytorch.strategies import Strategy
 
-from lightning_compress.callbacks.contract import SHARDING, check_strategy, described
+from lightning_compress.callbacks.contract import SHARDING, Compression, check_strategy, described
 from lightning_compress.callbacks.gate import add_gate
 from lightning_compress.divergence import digest
 from lightning_compress.errors import ProcessesDiffer
@@ -16,18 +16,8 @@ from lightning_compress.sharding import clean_name, gathered_objects, is_distrib
 __all__ = ["check_same_runs", "takes_part"]
 
 
-class Switched(Protocol):
-    """A callback that can be off, and has a recipe."""
-
-    enabled: bool
-
-    def recipe(self) -> dict[str, Any]:
-        """Return the options as primitives."""
-        ...
-
-
 def takes_part(
-    who: Switched,
+    who: Compression,
     trainer: L.Trainer,
     pl_module: L.LightningModule,
     stage: str,

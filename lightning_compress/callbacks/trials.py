@@ -12,11 +12,12 @@ import lightning.pytorch as L
 from lightning_compress.callbacks.contract import SHARDING
 from lightning_compress.callbacks.quantization import QuantizationAwareTraining
 from lightning_compress.errors import CompressError, UnsupportedStrategy
+from lightning_compress.search.command_trial import PROGRESS, RESULT
 from lightning_compress.search.stored import save_weights
 
 __all__ = ["TrialResult"]
 
-RESULT, PROGRESS, WEIGHTS = "result.json", "progress.jsonl", "weights.zip"
+WEIGHTS = "weights.zip"
 
 
 class TrialResult(L.Callback):

@@ -9,7 +9,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_compress.distillation.comparing import check_mask, divergence
-from lightning_compress.measure.calibration import check_judged
+from lightning_compress.measure.calibration import check_judged, check_logits
 
 __all__ = ["Agreement", "Flips", "MeanDivergence"]
 
@@ -148,13 +148,7 @@ class Flips(Metric):
 
 def _kept(first: Tensor, second: Tensor, mask: Tensor | None) -> Tensor:
     """Check a batch; returns what counts, as bool, over all dimensions but the classes."""
-    if not first.is_floating_point() or not second.is_floating_point():
-        raise TypeError(f"expected logits of a floating dtype, got {first.dtype} and {second.dtype}; not classes")
-    if first.shape != second.shape or first.dim() == 0 or first.shape[-1] == 0:
-        raise ValueError(
-            f"expected two models' logits of one shape (..., classes), got {tuple(first.shape)} and "
-            f"{tuple(second.shape)}; compare models with the same classes on the same batch"
-        )
+    check_logits(first, second)
     if mask is None:
         return torch.ones(first.shape[:-1], dtype=torch.bool, device=first.device)
     check_mask(mask, first.shape[:-1])

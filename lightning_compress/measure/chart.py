@@ -8,6 +8,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
+from lightning_compress.measure.drawing import AFTER, BEFORE, DARK, new_figure, save_png
 from lightning_compress.measure.report import Report
 from lightning_compress.measure.wording import NOT_MEASURED, percent, points, three_digits, times
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 __all__ = ["plot_pruning_curve", "plot_report", "plot_schedule"]
 
 _RUN = ("fraction of the run", "optimizer step")
-_BEFORE, _AFTER, _DARK = "#8a9bb0", "#d9622b", "#2f3b4a"  # told apart in grey print as well
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,9 @@ def plot_pruning_curve(history: Sequence[tuple[int, float, float]], path: str | 
     """
     if not history:
         raise ValueError("a pruning curve needs at least one (step, target, actual), got none")
-    figure = _figure(7.0, 4.0)
+    figure = new_figure(7.0, 4.0)
     _draw_curve(figure.add_subplot(), history)
-    return _save(figure, path)
+    return save_png(figure, path)
 
 
 def plot_report(report: Report, path: str | Path, history: Sequence[tuple[int, float, float]] = ()) -> Path:
@@ -67,7 +67,7 @@ def plot_report(report: Report, path: str | Path, history: Sequence[tuple[int, f
         ImportError: matplotlib is not installed.
     """
     rows, columns = (2, 2) if history else (1, 3)
-    figure = _figure(*((10.5, 7.5) if history else (13.0, 4.2)))
+    figure = new_figure(*((10.5, 7.5) if history else (13.0, 4.2)))
     axes = figure.subplots(rows, columns).flat
     _draw_accuracy(axes[0], report)
     _draw_bytes(axes[1], report)
@@ -75,7 +75,7 @@ def plot_report(report: Report, path: str | Path, history: Sequence[tuple[int, f
     if history:
         _draw_curve(axes[3], history)
     _legend(figure, report)
-    return _save(figure, path)
+    return save_png(figure, path)
 
 
 def plot_schedule(
@@ -95,48 +95,30 @@ def plot_schedule(
     begin, end = window or (0.0, 1.0)
     if type(begin) is not type(end) or not begin < end:
         raise ValueError(f"a window to draw is two fractions or two steps, the earlier first, got {window!r}")
-    figure = _figure(7.0, 4.0)
+    figure = new_figure(7.0, 4.0)
     axes = figure.add_subplot()
     points = [index / 1000 for index in range(1001)]
     values = [schedule(point) for point in points]
-    axes.plot([begin + (end - begin) * point for point in points], values, color=_AFTER, linewidth=2.4)
+    axes.plot([begin + (end - begin) * point for point in points], values, color=AFTER, linewidth=2.4)
     if window is not None:
         last = 1.0 if isinstance(end, float) else end + 0.2 * (end - begin)
-        axes.plot([end, last], [values[-1]] * 2, color=_AFTER, linewidth=2.4, linestyle=":")
-        axes.axvspan(begin, end, color=_BEFORE, alpha=0.12, linewidth=0)
+        axes.plot([end, last], [values[-1]] * 2, color=AFTER, linewidth=2.4, linestyle=":")
+        axes.axvspan(begin, end, color=BEFORE, alpha=0.12, linewidth=0)
         axes.set_xlim(0, last)
     where = "progress through the window" if window is None else _RUN[isinstance(end, int)]
     axes.set_ylim(min(0.0, *values) - 0.02, max(1.0, *values) * 1.02)
     axes.set(title=fill(_plain(repr(schedule)), 80), xlabel=where, ylabel="value")
     axes.grid(alpha=0.25)
     if path is not None:
-        _save(figure, path)
+        save_png(figure, path)
     return figure
-
-
-def _figure(width: float, height: float) -> Figure:
-    """A figure of its own; pyplot, with its global state and its choice of window system, stays out."""
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.layout_engine import ConstrainedLayoutEngine
-    except ImportError as error:
-        raise ImportError('charts need matplotlib: pip install "lightning-compress[demo]"') from error
-    layout = ConstrainedLayoutEngine(hspace=0.08, wspace=0.06)
-    return Figure(figsize=(width, height), dpi=110, layout=layout)
-
-
-def _save(figure: Figure, path: str | Path) -> Path:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png")
-    return path
 
 
 def _draw_curve(axes: Axes, history: Sequence[tuple[int, float, float]]) -> None:
     steps, targets, actuals = zip(*history, strict=True)
-    axes.plot(steps, targets, color=_DARK, linestyle="--", linewidth=1.6, label="target", zorder=3)
+    axes.plot(steps, targets, color=DARK, linestyle="--", linewidth=1.6, label="target", zorder=3)
     actual = f"actual, {actuals[-1]:.4f} at the end"
-    axes.plot(steps, actuals, color=_AFTER, linewidth=2.4, drawstyle="steps-post", label=actual)
+    axes.plot(steps, actuals, color=AFTER, linewidth=2.4, drawstyle="steps-post", label=actual)
     axes.set_ylim(-0.02, max(1.0, *targets, *actuals) * 1.02)
     axes.set(title="Sparsity by optimizer step", xlabel="optimizer step", ylabel="fraction of zeros")
     axes.grid(alpha=0.25)
@@ -219,7 +201,7 @@ def _draw_bars(axes: Axes, pairs: Mapping[str, _Pair]) -> None:
     axes.set_ylim(0.0, (max(tops) or 1.0) * 1.15)  # room for the label of the tallest
     size = 9 if len(pairs) <= 2 else 7
     for place, pair in enumerate(pairs.values()):
-        for offset, bar, color in zip((-0.2, 0.2), pair, (_BEFORE, _AFTER), strict=True):
+        for offset, bar, color in zip((-0.2, 0.2), pair, (BEFORE, AFTER), strict=True):
             _draw_bar(axes, place + offset, bar, color, size)
     axes.set_xticks(range(len(pairs)), list(pairs))
     margin = 0.9 if len(pairs) == 1 else 0.6
@@ -238,14 +220,14 @@ def _draw_bar(axes: Axes, place: float, bar: _Bar | None, color: str, size: int)
         return
     axes.bar(place, bar.height, width=0.38, color=color)
     if bar.high:
-        axes.plot([place, place], [bar.low, bar.high], color=_DARK, linewidth=1.6)
+        axes.plot([place, place], [bar.low, bar.high], color=DARK, linewidth=1.6)
     axes.annotate(bar.label, (place, max(bar.height, bar.high)), **above)
 
 
 def _legend(figure: Figure, report: Report) -> None:
     from matplotlib.patches import Patch
 
-    names = ((report.before.name, _BEFORE), (report.after.name, _AFTER))
+    names = ((report.before.name, BEFORE), (report.after.name, AFTER))
     patches = [Patch(color=color, label=_plain(name)) for name, color in names]
     figure.legend(handles=patches, loc="outside upper center", ncols=2, frameon=False)
 

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lightning_compress.measure.drawing import new_figure, save_png
 from lightning_compress.measure.layer_states import LayerState
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
 __all__ = ["plot_layers", "short_names"]
@@ -36,14 +36,11 @@ def plot_layers(rows: Sequence[LayerState], path: str | Path) -> Path:
     layers = list(dict.fromkeys(row.layer for row in rows))
     steps = sorted({row.step for row in rows})
     cells = {(row.layer, row.step): row for row in rows}
-    figure = _figure(9.5, max(3.0, 1.3 + _INCHES_A_ROW * min(len(layers), 3 * MOST_LABELS)))
+    figure = new_figure(9.5, max(3.0, 1.3 + _INCHES_A_ROW * min(len(layers), 3 * MOST_LABELS)))
     axes = figure.add_subplot()
     image = _draw(axes, layers, steps, cells)
     figure.colorbar(image, ax=axes, label="fraction of zeros", fraction=0.03, pad=0.015, aspect=30)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png")
-    return path
+    return save_png(figure, path)
 
 
 def short_names(names: Sequence[str], longest: int = LONGEST_NAME) -> list[str]:
@@ -73,14 +70,6 @@ def _cut(words: Sequence[str], longest: int) -> str:
         if len(".".join(words)) > longest and not words[index].isdigit():
             words[index] = words[index][:3]
     return ".".join(words)
-
-
-def _figure(width: float, height: float) -> Figure:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('charts need matplotlib: pip install "lightning-compress[report]"') from error
-    return Figure(figsize=(width, height), dpi=110, layout="constrained")
 
 
 def _draw(

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from lightning_compress.measure.drawing import AFTER, BEFORE
 from lightning_compress.measure.layers import LayerChange
 from lightning_compress.measure.size import LayerRow
 from lightning_compress.measure.wording import NOT_MEASURED
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 __all__ = ["deltas_chart", "layers_chart", "schedule_chart", "tradeoff_chart"]
 
 WIDTH = 4.4  # inches
-BEFORE, AFTER = "#8a9bb0", "#d9622b"  # told apart in grey print as well
 _INK = "#010203"  # becomes the page's own ink
 _STYLE = {
     "svg.fonttype": "none",  # text stays text: it can be read aloud, searched and scaled

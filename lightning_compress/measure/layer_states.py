@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lightning_compress.measure.size import Count
+from lightning_compress.measure.size import Count, packed_bits
 from lightning_compress.parts import Part
 from lightning_compress.sharding import all_reduce_sum, local
 
@@ -88,11 +88,7 @@ def stored_bytes(counts: Mapping[str, Count], bits: Mapping[str, int]) -> int:
     >>> stored_bytes({"dense": Count(8, 8), "sparse": Count(8, 80)}, {"sparse": 8})
     50
     """
-    total = 0
-    for name, count in counts.items():
-        width = bits.get(name, FLOAT_BITS)
-        total += min(count.total * width, count.total + count.nonzero * width)
-    return -(-total // 8)
+    return -(-sum(packed_bits(count, bits.get(name, FLOAT_BITS)) for name, count in counts.items()) // 8)
 
 
 @torch.no_grad()

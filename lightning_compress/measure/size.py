@@ -25,6 +25,8 @@ __all__ = [
     "count_nonzero_in_parts",
     "count_nonzero_onnx",
     "file_bytes",
+    "layer_row",
+    "packed_bits",
     "per_layer",
     "per_layer_onnx",
     "zipped_bytes",
@@ -56,6 +58,20 @@ class LayerRow:
     nonzero: int
     sparsity: float
     bits: int
+
+    @classmethod
+    def counted(cls, name: str, shape: Sequence[int], count: Count, bits: int) -> LayerRow:
+        """Return the row of a parameter whose non-zeros were counted."""
+        return cls(name, tuple(shape), count.total, count.nonzero, count.sparsity, bits)
+
+
+def packed_bits(count: Count, bits: int) -> int:
+    """Return what a tensor takes in the smaller of two ways: all elements, or its non-zeros and a bit an element.
+
+    >>> packed_bits(Count(8, 80), bits=8), packed_bits(Count(80, 80), bits=8)
+    (144, 640)
+    """
+    return min(count.total * bits, count.total + count.nonzero * bits)
 
 
 def file_bytes(path: str | Path) -> int:
@@ -147,13 +163,17 @@ def per_layer(
                 f"expected names of parameters of {type(module).__name__}, got '{name}'; "
                 "take them from named_parameters(), for example 'encoder.layers.0.weight'"
             )
-    return [_row(name, everything[name], bits or {}) for name in names]
+    return [layer_row(name, everything[name], (bits or {}).get(name)) for name in names]
 
 
-def _row(name: str, parameter: Tensor, bits: Mapping[str, int]) -> LayerRow:
-    count = Count(_nonzero(parameter), parameter.numel())
-    width = bits.get(name, parameter.element_size() * 8)
-    return LayerRow(name, tuple(parameter.shape), count.total, count.nonzero, count.sparsity, width)
+def layer_row(name: str, tensor: Tensor, bits: int | None = None) -> LayerRow:
+    """Count one tensor; without `bits` its width is that of its dtype.
+
+    >>> layer_row("weight", torch.tensor([0.0, 2.0]))
+    LayerRow(name='weight', shape=(2,), total=2, nonzero=1, sparsity=0.5, bits=32)
+    """
+    width = tensor.element_size() * 8 if bits is None else bits
+    return LayerRow.counted(name, tensor.shape, Count(_nonzero(tensor), tensor.numel()), width)
 
 
 def _nonzero(tensor: Tensor) -> int:
@@ -206,7 +226,7 @@ def per_layer_onnx(path: str | Path, min_dims: int = 2) -> list[LayerRow]:
             # 4-bit types come as arrays of ml_dtypes, one to a byte; their names say how wide they are.
             bits = 4 if value.dtype.name in ("int4", "uint4") else value.dtype.itemsize * 8
             shown = name.removesuffix(":int")
-            rows.append(LayerRow(shown, value.shape, count.total, count.nonzero, count.sparsity, bits))
+            rows.append(LayerRow.counted(shown, value.shape, count, bits))
     return rows
 
 

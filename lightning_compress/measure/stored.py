@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_compress.measure.entropy import entropy_bound_bytes, entropy_bound_bytes_onnx
 from lightning_compress.measure.measurement import Measurement
-from lightning_compress.measure.size import LayerRow, file_bytes, per_layer_onnx, zipped_bytes
+from lightning_compress.measure.size import LayerRow, file_bytes, layer_row, per_layer_onnx, zipped_bytes
 from lightning_compress.sharding import clean_name
 
 __all__ = ["KINDS", "measure_file", "stored_layers", "stored_tensors"]
@@ -63,7 +63,7 @@ def stored_layers(path: str | Path) -> list[LayerRow]:
     if path.suffix.lower() == ".onnx":
         rows = _onnx_rows(path)
     else:
-        rows = [_row(name, tensor) for name, tensor in stored_tensors(path).items() if _is_weight(tensor)]
+        rows = [layer_row(name, tensor) for name, tensor in stored_tensors(path).items() if _is_weight(tensor)]
     if not rows:
         raise ValueError(f"expected weights of two or more dimensions in '{path}', found none; is it the model's file?")
     return rows
@@ -136,9 +136,3 @@ def _cause(error: BaseException) -> str:
 
 def _is_weight(tensor: Tensor) -> bool:
     return tensor.dim() >= 2 and (tensor.is_floating_point() or tensor.dtype in _WEIGHT_TYPES)
-
-
-def _row(name: str, tensor: Tensor) -> LayerRow:
-    nonzero, total = int(torch.count_nonzero(tensor)), tensor.numel()
-    sparsity = 1.0 - nonzero / total if total else 0.0
-    return LayerRow(name, tuple(tensor.shape), total, nonzero, sparsity, tensor.element_size() * 8)

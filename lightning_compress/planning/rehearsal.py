@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -113,7 +114,12 @@ class Rehearsal:
 
     def layer(self, name: str) -> nn.Module | None:
         """Return the copy's layer of that name."""
-        return {clean_name(n): each for n, each in self.module.named_modules()}.get(name)
+        return self._layers.get(name)
+
+    @cached_property
+    def _layers(self) -> dict[str, nn.Module]:
+        # Channels leave layers; no layer comes or goes.
+        return {clean_name(name): each for name, each in self.module.named_modules()}
 
     def remove(
         self, groups: Sequence[Group], share: Callable[..., float], amount: float, removal: Removal, relative: bool

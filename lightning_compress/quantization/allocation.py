@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
-import numpy as np
-
 from lightning_compress.quantization.scales import check_bits
-from lightning_compress.search.knapsack import Layer, solve
+from lightning_compress.search.allocate import layers_of
+from lightning_compress.search.knapsack import solve
 
 __all__ = ["Table", "allocate"]
 
@@ -34,9 +32,17 @@ def allocate(sensitivities: Table, costs: Mapping[str, Mapping[int, int]], budge
     >>> allocate(harm, {"first": {4: 40, 8: 80}, "second": {4: 400, 8: 800}}, budget=500)
     {'first': 8, 'second': 4}
     """
-    layers, widths = _checked(sensitivities, costs, budget)
+    check_budget(budget)
+    ordered = {name: {check_bits(bits): own[bits] for bits in sorted(own)} for name, own in sensitivities.items()}
+    layers = layers_of(ordered, costs, " bits")
+    least = sum(int(layer.costs.min()) for layer in layers)
+    if budget < least:
+        raise ValueError(
+            f"budget {budget:,} is below what the narrowest widths cost; the smallest feasible budget of these "
+            f"{len(layers)} layers is {least:,}; raise it, allow narrower widths or exclude layers"
+        )
     picks = solve(layers, budget).picks
-    return {name: own[pick] for name, own, pick in zip(sensitivities, widths, picks, strict=True)}
+    return {name: list(own)[pick] for (name, own), pick in zip(ordered.items(), picks, strict=True)}
 
 
 def check_budget(budget: float) -> None:
@@ -46,39 +52,3 @@ def check_budget(budget: float) -> None:
     """
     if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not budget > 0:
         raise ValueError(f"budget is a positive number of bytes or bit-operations, got {budget!r}")
-
-
-def _checked(
-    sensitivities: Table, costs: Mapping[str, Mapping[int, int]], budget: float
-) -> tuple[list[Layer], list[tuple[int, ...]]]:
-    check_budget(budget)
-    if not sensitivities or sensitivities.keys() != costs.keys():
-        raise ValueError(
-            f"expected the same layers in both tables, at least one, got sensitivities of {sorted(sensitivities)} and "
-            f"costs of {sorted(costs)}"
-        )
-    layers = [_layer(name, harms, costs[name]) for name, harms in sensitivities.items()]
-    least = sum(int(layer.costs.min()) for layer in layers)
-    if budget < least:
-        raise ValueError(
-            f"budget {budget:,} is below what the narrowest widths cost; the smallest feasible budget of these "
-            f"{len(layers)} layers is {least:,}; raise it, allow narrower widths or exclude layers"
-        )
-    return layers, [tuple(sorted(harms)) for harms in sensitivities.values()]
-
-
-def _layer(name: str, harms: Mapping[int, float], costs: Mapping[int, int]) -> Layer:
-    if not harms or harms.keys() != costs.keys():
-        raise ValueError(
-            f"expected the same widths in both tables, at least one, got sensitivities at {sorted(harms)} and costs at "
-            f"{sorted(costs)} bits in '{name}'"
-        )
-    widths = tuple(sorted(check_bits(bits) for bits in harms))
-    for bits in widths:
-        if not math.isfinite(harms[bits]) or costs[bits] < 0:
-            raise ValueError(
-                f"expected a finite sensitivity and a cost from 0 on, got {harms[bits]} and {costs[bits]} in '{name}' "
-                f"at {bits} bits"
-            )
-    ordered = np.array([costs[bits] for bits in widths], np.int64)
-    return Layer(ordered, np.array([harms[bits] for bits in widths], np.float64))

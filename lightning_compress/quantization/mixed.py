@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
@@ -27,6 +26,7 @@ from lightning_compress.quantization.trials import (
     weight_groups,
     weight_of,
 )
+from lightning_compress.search.allocate import stored_bytes as bytes_of_codes
 from lightning_compress.sharding import clean_name
 
 __all__ = ["bit_operations", "bits_table", "choose_bits", "stored_bytes", "weight_bytes"]
@@ -124,7 +124,7 @@ def stored_bytes(weight: Tensor, bits: int) -> int:
     >>> stored_bytes(nn.Linear(10, 3).weight, bits=4)
     27
     """
-    return math.ceil(weight.numel() * bits / 8) + 4 * weight.shape[0]
+    return bytes_of_codes(weight.numel(), weight.shape[0], bits=bits)
 
 
 def weight_bytes(

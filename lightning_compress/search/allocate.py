@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from lightning_compress.measure.size import Count, packed_bits
 from lightning_compress.search.knapsack import Layer, solve
 from lightning_compress.search.refusals import ImpossibleBudget
 
-__all__ = ["Allocation", "allocate", "joint_amounts", "stored_bytes"]
+__all__ = ["Allocation", "allocate", "joint_amounts", "layers_of", "stored_bytes"]
 
 LIMIT = 10_000_000  # partial choices that the exact solution may hold at once: about 400 MB
 
@@ -66,12 +67,7 @@ def allocate(
     """
     if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not budget > 0:
         raise ValueError(f"budget is a positive number, in the unit of the costs, got {budget!r}")
-    if not harms or harms.keys() != costs.keys():
-        raise ValueError(
-            f"expected the same layers in both tables, at least one, got harms of {sorted(harms)} and costs of "
-            f"{sorted(costs)}"
-        )
-    layers = [_layer(name, own, costs[name]) for name, own in harms.items()]
+    layers = layers_of(harms, costs)
     least = sum(int(layer.costs.min()) for layer in layers)
     if budget < least:
         raise ImpossibleBudget(
@@ -84,16 +80,38 @@ def allocate(
     return Allocation(amounts, picked.cost, picked.harm, picked.bound)
 
 
-def _layer(name: str, harms: Mapping[Any, float], costs: Mapping[Any, int]) -> Layer:
+def layers_of(
+    harms: Mapping[str, Mapping[Any, float]], costs: Mapping[str, Mapping[Any, int]], unit: str = ""
+) -> list[Layer]:
+    """Check that two tables fit together, and return them as the knapsack's layers, in the order of the harms.
+
+    Args:
+        harms: layer -> amount -> how much it harms.
+        costs: the same layers and amounts -> a whole number from 0 on.
+        unit: what stands behind an amount in a message.
+
+    Raises:
+        ValueError: no layers, other layers or amounts in one of them, NaN, or a negative cost.
+    """
     if not harms or harms.keys() != costs.keys():
         raise ValueError(
-            f"expected the same amounts in both tables, at least one, got harms at {list(harms)} and costs at "
-            f"{list(costs)} in '{name}'"
+            f"expected the same layers in both tables, at least one, got harms of {sorted(harms)} and costs of "
+            f"{sorted(costs)}"
+        )
+    return [_layer(name, own, costs[name], unit) for name, own in harms.items()]
+
+
+def _layer(name: str, harms: Mapping[Any, float], costs: Mapping[Any, int], unit: str) -> Layer:
+    if not harms or harms.keys() != costs.keys():
+        raise ValueError(
+            f"expected the same amounts in both tables, at least one, got harms at {list(harms)}{unit} and costs at "
+            f"{list(costs)}{unit} in '{name}'"
         )
     for amount, harm in harms.items():
         if not math.isfinite(harm) or costs[amount] < 0:
             raise ValueError(
-                f"expected a finite harm and a cost from 0 on, got {harm} and {costs[amount]} in '{name}' at {amount!r}"
+                f"expected a finite harm and a cost from 0 on, got {harm} and {costs[amount]} in '{name}' at "
+                f"{amount!r}{unit}"
             )
     return Layer(
         np.array([costs[amount] for amount in harms], np.int64), np.array(list(harms.values()), dtype=np.float64)
@@ -115,7 +133,7 @@ def stored_bytes(weights: int, outputs: int, sparsity: float = 0.0, bits: int = 
     >>> stored_bytes(1000, 10, sparsity=0.9, bits=8), stored_bytes(1000, 10, bits=8)
     (265, 1040)
     """
-    codes = min(round((1.0 - sparsity) * weights) * bits + weights, weights * bits)
+    codes = packed_bits(Count(round((1.0 - sparsity) * weights), weights), bits)
     return math.ceil(codes / 8) + (4 * outputs if bits < 32 else 0)
 
 

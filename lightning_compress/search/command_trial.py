@@ -19,6 +19,7 @@ from lightning_compress.errors import CompressError
 __all__ = ["CommandTrial", "TrialFailed"]
 
 WATCHER = "lightning_compress.callbacks.trials.TrialResult"
+RESULT, PROGRESS = "result.json", "progress.jsonl"  # what TrialResult writes
 TRIAL = "LIGHTNING_COMPRESS_TRIAL"  # tells our own command that a config may be there already
 POLL_S = 0.2
 TOLD_LINES = 5  # of a failed trial's output that its message repeats
@@ -77,7 +78,7 @@ class CommandTrial:
                 self.command(paths if overlay else paths[1:]), stdout=output, stderr=subprocess.STDOUT, env=environment
             )
             try:
-                _follow(process, own / "progress.jsonl", report)
+                _follow(process, own / PROGRESS, report)
             finally:
                 if process.poll() is None:
                     process.kill()
@@ -101,7 +102,7 @@ def _follow(process: subprocess.Popen[bytes], progress: Path, report: Callable[[
 
 
 def _result(own: Path, status: int) -> dict[str, float]:
-    result = own / "result.json"
+    result = own / RESULT
     if status or not result.exists():
         lines = (own / "output.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
         raise TrialFailed(

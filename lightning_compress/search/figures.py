@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lightning_compress.measure.drawing import AFTER, BEFORE, DARK, new_figure, save_png
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from lightning_compress.search.found import Found
     from lightning_compress.search.sensitivity import Sensitivity
 
 __all__ = ["plot_front", "plot_sensitivity"]
-
-ALL, FRONT, DARK = "#8a9bb0", "#d9622b", "#2f3b4a"
 
 
 def plot_front(found: Found, path: str | Path) -> Path:
@@ -27,12 +25,12 @@ def plot_front(found: Found, path: str | Path) -> Path:
         ImportError: matplotlib is not installed.
     """
     across, up = found.objective.axes[:2]
-    figure = _figure(7.0, 4.6)
+    figure = new_figure(7.0, 4.6)
     axes = figure.add_subplot()
     points = [(trial.result[across.metric], trial.result[up.metric]) for trial in found.complete if trial.result]
-    axes.scatter([x for x, _ in points], [y for _, y in points], color=ALL, s=26, label=f"{len(points)} trials")
+    axes.scatter([x for x, _ in points], [y for _, y in points], color=BEFORE, s=26, label=f"{len(points)} trials")
     front = sorted((t.result[across.metric], t.result[up.metric]) for t in found.front() if t.result)
-    axes.plot(*zip(*front, strict=True), color=FRONT, marker="o", linewidth=1.8, drawstyle="steps-post", label="front")
+    axes.plot(*zip(*front, strict=True), color=AFTER, marker="o", linewidth=1.8, drawstyle="steps-post", label="front")
     kept = [trial for trial in found.complete if trial.violation <= 0.0]
     if kept:
         best = found.best.result or {}
@@ -46,7 +44,7 @@ def plot_front(found: Found, path: str | Path) -> Path:
     axes.set(title=title, xlabel=across.metric, ylabel=up.metric)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
-    return _save(figure, path)
+    return save_png(figure, path)
 
 
 def plot_sensitivity(sensitivity: Sensitivity, path: str | Path) -> Path:
@@ -60,7 +58,7 @@ def plot_sensitivity(sensitivity: Sensitivity, path: str | Path) -> Path:
         ImportError: matplotlib is not installed.
     """
     techniques = list(dict.fromkeys(technique for own in sensitivity.scores.values() for technique, _ in own))
-    figure = _figure(5.5 * len(techniques), 4.4)
+    figure = new_figure(5.5 * len(techniques), 4.4)
     panels = figure.subplots(1, len(techniques), squeeze=False)[0]
     for technique, axes in zip(techniques, panels, strict=True):
         for name, own in sensitivity.scores.items():
@@ -72,21 +70,4 @@ def plot_sensitivity(sensitivity: Sensitivity, path: str | Path) -> Path:
         axes.grid(alpha=0.25)
     if len(sensitivity.scores) <= 12:
         panels[0].legend(frameon=False, fontsize=8)
-    return _save(figure, path)
-
-
-def _figure(width: float, height: float) -> Figure:
-    """A figure of its own; pyplot, with its global state and its choice of window system, stays out."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("pictures need matplotlib: pip install 'lightning-compress[report]'") from error
-    options: dict[str, Any] = {"dpi": 110, "layout": "constrained"}
-    return Figure(figsize=(width, height), **options)
-
-
-def _save(figure: Figure, path: str | Path) -> Path:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png")
-    return path
+    return save_png(figure, path)

@@ -36,11 +36,6 @@ class Picked:
     harm: float
     bound: float
 
-    @property
-    def gap(self) -> float:
-        """How much less harm a better choice could do at most; 0 for the exact one."""
-        return max(0.0, self.harm - self.bound)
-
 
 @dataclass(frozen=True)
 class _Stage:

@@ -51,10 +51,15 @@ def best(folder: Path, **options: object) -> ModelCheckpoint:
 
 
 def fit(
-    folder: Path, *callbacks: L.Callback, validated: bool = True, **options: object
+    folder: Path,
+    *callbacks: L.Callback,
+    validated: bool = True,
+    kind: type[Classifier] = Classifier,
+    ckpt_path: Path | None = None,
+    **options: object,
 ) -> tuple[L.Trainer, Classifier]:
     L.seed_everything(0, verbose=False)
-    model = Classifier()
+    model = kind()
     settings = {"max_epochs": 10, "num_sanity_val_steps": 0, "limit_val_batches": 1.0 if validated else 0, **options}
     trainer = L.Trainer(
         accelerator="cpu",
@@ -65,7 +70,7 @@ def fit(
         enable_model_summary=False,
         **settings,
     )
-    trainer.fit(model, data(), data(256))
+    trainer.fit(model, data(), data(256), ckpt_path=ckpt_path)
     return trainer, model
 
 
@@ -115,16 +120,7 @@ def test_a_resumed_run_ends_with_the_checkpoints_of_the_uninterrupted_one(tmp_pa
         fit(tmp_path, pruning(), best(files, save_top_k=2, save_last=True), Crash(crash_in))
 
     resumed = best(files, save_top_k=2, save_last=True)
-    L.seed_everything(0, verbose=False)
-    trainer = L.Trainer(
-        max_epochs=10,
-        accelerator="cpu",
-        logger=False,
-        callbacks=[pruning(), resumed],
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(Classifier(), data(), data(256), ckpt_path=files / "last.ckpt")
+    fit(tmp_path, pruning(), resumed, ckpt_path=files / "last.ckpt")
 
     def scores(checkpoint: ModelCheckpoint) -> list[tuple[str, float]]:
         return sorted((Path(path).name, float(score)) for path, score in checkpoint.best_k_models.items())
@@ -168,16 +164,8 @@ def test_a_metric_that_is_not_finite_stops_the_run_as_ever(tmp_path: Path) -> No
             self.log("accuracy", torch.tensor(float("nan")))
 
     stopping = EarlyStopping(monitor="accuracy", mode="max")
-    trainer = L.Trainer(
-        max_epochs=3,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[GradualPruning(0.5, window=(1, 2)), stopping],
-    )
-    trainer.fit(Broken(), data(), data(256))
+    briefly = {"kind": Broken, "max_epochs": 3, "enable_checkpointing": False}
+    trainer, _ = fit(tmp_path, GradualPruning(0.5, window=(1, 2)), stopping, **briefly)
     assert stopping.stopped_epoch == 0
     assert trainer.current_epoch == 1
 

@@ -22,13 +22,13 @@ HISTORY = [(step, min(0.9, step / 100), min(0.9, step // 10 / 10)) for step in r
 def figures(monkeypatch):
     """Every figure that is saved, to look inside."""
     saved = []
-    save = chart._save
+    save = chart.save_png
 
     def remember(figure, path):
         saved.append(figure)
         return save(figure, path)
 
-    monkeypatch.setattr(chart, "_save", remember)
+    monkeypatch.setattr(chart, "save_png", remember)
     return saved
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from lightning_compress.search.allocate import allocate, joint_amounts, stored_bytes
 from lightning_compress.search.refusals import ImpossibleBudget
+from tests.quantization.test_allocation import summed
 
 
 @st.composite
@@ -22,13 +23,6 @@ def instances(draw):
         costs[f"layer{index}"] = {amount: draw(st.integers(0, 30)) for amount in amounts}
     least = sum(min(cost.values()) for cost in costs.values())
     return harms, costs, max(1, least + draw(st.integers(0, 60)))
-
-
-def summed(table, amounts):
-    total = 0
-    for name, amount in amounts.items():
-        total += table[name][amount]
-    return total
 
 
 def least_harm(harms, costs, budget):

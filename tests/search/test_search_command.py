@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 
 import pytest
-import wandb
 import yaml
 
 from lightning_compress.cli import main
@@ -57,9 +55,6 @@ def test_the_winner_is_an_overlay_that_gives_the_same_again(
     logger = {"class_path": "lightning.pytorch.loggers.WandbLogger", "init_args": {"offline": True, "project": "p"}}
     config["trainer"]["logger"] = logger
     (folder / "user.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
-    (folder / "elsewhere").mkdir()
-    wandb.init(mode="offline", project="p", dir=folder / "elsewhere", settings={"silent": True}).finish()
-    assert "WANDB_SERVICE" in os.environ  # this process has one, and its trials must have their own
     options = ["--metric", "val_loss", "--dense", "0.9", "--drop", "1", "--trials", "2", "--workers", "2"]
     assert searched(monkeypatch, *options) == 0
     said = capsys.readouterr().out
@@ -94,11 +89,15 @@ def test_a_trial_that_fails_tells_the_end_of_its_output(folder: Path) -> None:
         trial.run({}, lambda step, value: None)
 
 
-def test_a_script_of_the_users_gets_the_overlays_the_group_and_is_stopped_with_its_trial(folder: Path) -> None:
+def test_a_script_of_the_users_gets_the_overlays_the_group_and_is_stopped_with_its_trial(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_SERVICE", "of a run in this process")  # where a trial's files must not go
     script = (
         "import json, os, sys, time\n"
         "watch = json.load(open(sys.argv[-1]))['trainer']['callbacks+'][0]['init_args']\n"
-        "seen = [sys.argv[1:], os.environ['WANDB_RUN_GROUP'], os.environ['WANDB_NAME'], os.getpid()]\n"
+        "told = [os.environ.get(name) for name in ('WANDB_RUN_GROUP', 'WANDB_NAME', 'WANDB_SERVICE')]\n"
+        "seen = [sys.argv[1:], *told, os.getpid()]\n"
         "json.dump(seen, open('seen.json', 'w'))\n"
         "open(watch['folder'] + '/progress.jsonl', 'w').write(json.dumps({'step': 3, 'value': 0.25}) + '\\n')\n"
         "time.sleep(600)\n"
@@ -111,10 +110,11 @@ def test_a_script_of_the_users_gets_the_overlays_the_group_and_is_stopped_with_i
 
     with pytest.raises(InterruptedError, match=r"\(3, 0.25\)"):
         trial.run({"trainer": {"max_epochs": 1}}, stop)
-    arguments, group, name, pid = json.loads((folder / "seen.json").read_text(encoding="utf-8"))
+    arguments, group, name, service, pid = json.loads((folder / "seen.json").read_text(encoding="utf-8"))
     assert arguments[:4] == ["fit", "-c", "user.yaml", "-c"]
     assert json.loads(Path(arguments[4]).read_text(encoding="utf-8")) == {"trainer": {"max_epochs": 1}}
     assert group == "group"
+    assert service is None
     assert name.startswith("trial-")
     assert not Path(f"/proc/{pid}").exists()
 
