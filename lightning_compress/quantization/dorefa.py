@@ -111,6 +111,6 @@ class DoReFaInputs:
         """Return the input on its grid."""
         return unit_steps(value, self.bits)
 
-    def affine(self, low: Tensor, high: Tensor, learned: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def affine(self, low: Tensor, high: Tensor, learned: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
         """Return scale 1 / (2^bits - 1) and zero point 0."""
         return torch.full_like(high, 1.0 / (2**self.bits - 1)), torch.zeros_like(high)

@@ -97,9 +97,9 @@ class FloatWeights:
         scale = scale_onto(largest_size(weight, per_channel=True), torch.finfo(_format(self.format)).max)
         return float_values(weight, self.format, column(scale, weight))
 
-    def codes(self, weight: Tensor, learned: Mapping[str, Tensor]) -> None:
+    def codes(self, weight: Tensor, learned: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
         """Return None."""
-        return
+        return None
 
 
 @dataclass(frozen=True)
@@ -135,6 +135,6 @@ class FloatInputs:
             partial(float_values, name=self.format, scale=scale), partial(within, low=-top, high=top), value
         )
 
-    def affine(self, low: Tensor, high: Tensor, learned: Mapping[str, Tensor]) -> None:
+    def affine(self, low: Tensor, high: Tensor, learned: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
         """Return None."""
-        return
+        return None

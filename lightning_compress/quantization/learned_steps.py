@@ -123,7 +123,7 @@ class LSQ:
         factor = 1.0 / math.sqrt(max(sharing, 1) * (2 ** (self.bits - 1) - 1))
         return learned_step(weight, step, *_signed(self.bits), factor)
 
-    def codes(self, weight: Tensor, learned: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def codes(self, weight: Tensor, learned: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
         """Return int8 codes and the float32 step of each output channel."""
         step = _positive(learned["step"].detach())
         codes = (weight.detach().float() / column(step, weight)).clamp_(*_signed(self.bits)).round_()
@@ -291,7 +291,7 @@ class PACT:
         """Return the clipped input on its grid."""
         return pact(value, learned["clip"], self.bits)
 
-    def affine(self, low: Tensor, high: Tensor, learned: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def affine(self, low: Tensor, high: Tensor, learned: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
         """Return scale and zero point, which is 0."""
         scale = _positive(learned["clip"].detach()) / (2**self.bits - 1)
         return scale, torch.zeros_like(scale)

@@ -207,6 +207,6 @@ class LevelInputs:
         rounding = partial(nearest_level, levels=self.points, scale=scale)
         return with_slopes(rounding, partial(within, low=first * scale, high=last * scale), value)
 
-    def affine(self, low: Tensor, high: Tensor, learned: Mapping[str, Tensor]) -> None:
+    def affine(self, low: Tensor, high: Tensor, learned: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
         """Return None."""
-        return
+        return None

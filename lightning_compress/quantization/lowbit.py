@@ -90,7 +90,7 @@ class Binary:
         slopes = partial(_binary_slopes, per_channel=self.per_channel, paper_gradient=self.paper_gradient)
         return with_slopes(partial(_binary, per_channel=self.per_channel), slopes, weight)
 
-    def codes(self, weight: Tensor, learned: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def codes(self, weight: Tensor, learned: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
         """Return -1 and 1, and the scale of each output channel."""
         signs = torch.where(weight.detach() < 0, -1, 1)
         return _for_export(mean_size(weight, per_channel=self.per_channel), signs)
@@ -151,7 +151,7 @@ class Ternary:
         """Return the ternary weight."""
         return with_slopes(partial(_ternary, per_channel=self.per_channel), straight, weight)
 
-    def codes(self, weight: Tensor, learned: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def codes(self, weight: Tensor, learned: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
         """Return -1, 0 and 1, and the scale of each output channel."""
         signs, scale = _twn(weight, self.per_channel)
         return _for_export(scale, signs)
@@ -212,6 +212,6 @@ class TrainedTernary:
         arguments = (weight, learned["positive"], learned["negative"])
         return with_slopes(partial(_ttq, share=self.share), partial(_ttq_slopes, share=self.share), *arguments)
 
-    def codes(self, weight: Tensor, learned: Mapping[str, Tensor]) -> None:
+    def codes(self, weight: Tensor, learned: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
         """Return None."""
-        return
+        return None
