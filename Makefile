@@ -21,9 +21,10 @@ demo: $(DEMO)  ## prune, quantize and distil a small CNN, and print what it gain
 	@start=$$(date +%s); $(BIN)/python -m lightning_compress demo $(ARGS); status=$$?; \
 	echo "make demo: $$(( $$(date +%s) - start )) s"; exit $$status
 
-# One thread a worker: torch and xdist would otherwise fight over the cores.
+# One thread a worker: torch and xdist would otherwise fight over the cores. Work is stolen rather than dealt out in
+# small pieces, so that what a file prepares once is not prepared by each worker.
 test: $(DEV)  ## doctests and tests
-	@start=$$(date +%s); OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS); status=$$?; \
+	@start=$$(date +%s); OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS); status=$$?; \
 	echo "make test: $$(( $$(date +%s) - start )) s"; exit $$status
 
 lint: $(DEV)  ## ruff: rules and format

@@ -134,7 +134,7 @@ def searched(name: str, task: Task, seed: int, dense: float, options: argparse.N
 
 def by_hand(task: Task, seed: int, options: argparse.Namespace) -> None:
     memory = Memory(options, seed)
-    for uniform in (True, False):
+    for uniform in (True, False) if options.task == "images" else (True,):
         for sparsity in options.by_hand:
             how = "each layer" if uniform else "one threshold"
             memory.of(f"by hand, {how}", {"sparsity": sparsity, "bits": 8}, partial(task.by_hand, sparsity, uniform))

