@@ -173,9 +173,9 @@ def silence() -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
-def reviews(seed: int) -> RottenTomatoes:
+def reviews(seed: int, train_size: int = 4000) -> RottenTomatoes:
     """Return 4000 training and 1000 test sentences, split by the seed."""
-    options = argparse.Namespace(seed=seed, max_length=32, train_size=4000, test_size=1000)
+    options = argparse.Namespace(seed=seed, max_length=32, train_size=train_size, test_size=1000)
     return RottenTomatoes(AutoTokenizer.from_pretrained(encoder_weights()), options)
 
 

@@ -27,6 +27,7 @@ from lightning_compress.search.stored import save_weights
 
 LATER = 1000  # added to a seed after the dense phase: other batches than the dense model has seen first
 PRUNED, OFTEN, ROUNDED = (0.0, 0.6), 0.05, (0.0, 0.05, 0.8)  # fractions of a trial
+TEXT_RATE = 1e-4  # of a trial; the dense model is trained with twice that
 SPARSITIES, WIDTHS = (0.5, 0.98), [8, 6, 5, 4, 3]
 
 
@@ -134,16 +135,15 @@ def text(seed: int, options: argparse.Namespace, steps: int = 60, dense_steps: i
     import minilm
 
     minilm.silence()
-    data, recipe = minilm.reviews(seed), minilm.RECIPES["dense"]
-    count = len(data.test) // 2
-    held, test = data.test.select(range(count)), data.test.select(range(count, 2 * count))
+    data, recipe = minilm.reviews(seed, train_size=5000), minilm.RECIPES["dense"]
+    train, held = data.train.select(range(4000)), data.train.select(range(4000, 5000))
 
     def accuracies(model: L.LightningModule) -> tuple[float, float]:
-        return score(model, data, held)[0], score(model, data, test)[0]
+        return score(model, data, held)[0], score(model, data, data.test)[0]
 
     def fit(model: L.LightningModule, callbacks: list[L.Callback], at: int = LATER, last: int = steps) -> None:
         L.seed_everything(seed + at, verbose=False)
-        batches = DataLoader(data.train, recipe.batch_size, shuffle=True, drop_last=True, collate_fn=data.batch_of)
+        batches = DataLoader(train, recipe.batch_size, shuffle=True, drop_last=True, collate_fn=data.batch_of)
         quiet_trainer(callbacks, max_steps=last).fit(model.train(), batches)
 
     L.seed_everything(seed, verbose=False)
@@ -154,7 +154,8 @@ def text(seed: int, options: argparse.Namespace, steps: int = 60, dense_steps: i
     for name, layer in dense.named_modules():
         if name.startswith(minilm.ENCODER) and isinstance(layer, nn.Linear):
             blocks.setdefault(name.removeprefix(f"{minilm.ENCODER}.layer.").partition(".")[0], []).append(name)
-    some = data.train.select(range(128))
+    dense.hparams.learning_rate = TEXT_RATE
+    some = train.select(range(128))
     words = [name for name, layer in dense.named_modules() if isinstance(layer, nn.Embedding)]
     return Task(dense, blocks, fit, accuracies, lambda model: score(model, data, some)[1], words)
 

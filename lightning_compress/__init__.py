@@ -24,6 +24,7 @@ from lightning_compress.errors import (
     UnsupportedStrategy,
 )
 from lightning_compress.export.onnx import export_onnx
+from lightning_compress.export.pretrained import export_pretrained
 from lightning_compress.measure.onnx_files import compare_onnx
 from lightning_compress.measure.report import Measurement, compare
 from lightning_compress.pruning.channels import Removal
@@ -80,6 +81,7 @@ __all__ = [
     "compare",
     "compare_onnx",
     "export_onnx",
+    "export_pretrained",
     "fake_quantized",
     "load_from_checkpoint",
     "magnitude",

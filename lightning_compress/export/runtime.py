@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import tempfile
 from collections import Counter
@@ -13,11 +14,11 @@ import numpy as np
 if TYPE_CHECKING:
     import onnxruntime
 
-__all__ = ["kernel_counts", "onnx_session", "require", "run_onnx"]
+__all__ = ["kernel_counts", "onnx_session", "products_overflow", "require", "run_onnx"]
 
 ERRORS_ONLY = 3  # ONNX Runtime's severity; its warnings go past Python's
 # On x86 without VNNI, products of unsigned and signed codes are added in 16 bits, which overflow; this makes both
-# unsigned, which do not, and are as fast. Elsewhere it changes nothing.
+# unsigned, which do not, and are as fast. With VNNI nothing overflows, and this would cost two thirds of the speed.
 EXACT_PRODUCTS = "session.x64quantprecision"
 
 
@@ -39,8 +40,8 @@ def onnx_session(
 ) -> onnxruntime.InferenceSession:
     """Open an ONNX file for the CPU, on `threads` threads, with integer sums that never overflow.
 
-    A session of your own needs `add_session_config_entry("session.x64quantprecision", "1")` for that on processors
-    without VNNI (before Intel's Ice Lake and AMD's Zen 4): by default their int8 sums overflow and answers change.
+    A session of your own needs `add_session_config_entry("session.x64quantprecision", "1")` for that where
+    `products_overflow()`, and must not have it elsewhere: it makes int8 files about three times slower there.
 
     Args:
         path: the file.
@@ -61,12 +62,42 @@ def onnx_session(
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = ERRORS_ONLY
-    options.add_session_config_entry(EXACT_PRODUCTS, "1")
+    if products_overflow():
+        options.add_session_config_entry(EXACT_PRODUCTS, "1")
     if not layouts:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+@functools.cache
+def products_overflow() -> bool:
+    """Say whether ONNX Runtime's int8 sums overflow on this processor unless told otherwise. Runs once, some ms.
+
+    They do on x86 without VNNI (before Intel's Ice Lake and AMD's Zen 4). Asked is a product of the largest codes.
+
+    Raises:
+        ImportError: onnx or onnxruntime is missing.
+    """
+    require("onnx", "onnxruntime")
+    import onnxruntime
+    from onnx import TensorProto, helper, numpy_helper
+
+    inputs, weights = np.full((8, 64), 255, np.uint8), np.full((64, 16), 127, np.int8)
+    graph = helper.make_graph(
+        [helper.make_node("MatMulInteger", ["inputs", "weights"], ["sums"])],
+        "largest codes",
+        [helper.make_tensor_value_info("inputs", TensorProto.UINT8, inputs.shape)],
+        [helper.make_tensor_value_info("sums", TensorProto.INT32, (8, 16))],
+        [numpy_helper.from_array(weights, "weights")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = ERRORS_ONLY
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    (sums,) = session.run(None, {"inputs": inputs})
+    return not np.array_equal(sums, inputs.astype(np.int32) @ weights.astype(np.int32))
 
 
 def run_onnx(path: str | Path, *arrays: np.ndarray, threads: int = 1) -> list[np.ndarray]:

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from lightning_compress.errors import CompressError
 from lightning_compress.quantization.clipping import codes_of, row_scale
 from lightning_compress.quantization.error_feedback import check_group, error_feedback
-from lightning_compress.quantization.grid import check_bits, weight_scale
+from lightning_compress.quantization.grid import FLOAT_BITS, Range, check_bits, weight_scale
 from lightning_compress.quantization.posttraining import round_in_order
+from lightning_compress.quantization.weights import Symmetric
 from lightning_compress.select import Pattern, patterns_or_none, select_weights
 
-__all__ = ["group_codes", "quantize_weights", "round_groups"]
+__all__ = ["group_codes", "quantize_weights", "round_groups", "weight_ranges"]
 
 
 def group_codes(weight: Tensor, bits: int = 4, group: int | None = 128) -> tuple[Tensor, Tensor]:
@@ -111,3 +112,18 @@ def quantize_weights(
         feedback = functools.partial(error_feedback, group=group, damping=damping)
         round_in_order(module, inputs, weights, feedback, bits)
     return {name: group_codes(weight, bits, group)[1] for name, weight in weights.items()}
+
+
+def weight_ranges(names: Iterable[str], bits: int = 4, group: int | None = 128) -> dict[str, Range]:
+    """Return the ranges of layers whose weights `quantize_weights` has rounded, for exports. Runs after it.
+
+    Args:
+        names: of the layers, such as what `quantize_weights` returned.
+        bits: as it was given.
+        group: as it was given.
+
+    >>> weight_ranges(["head"], group=None)["head"].weight_grid
+    Symmetric(bits=4, group='channel')
+    """
+    grid = Symmetric(bits, group if group is not None else "channel")
+    return {name: Range(0.0, 0.0, FLOAT_BITS, bits, grid) for name in names}
