@@ -27,6 +27,7 @@ from lightning_compress.export.onnx import export_onnx
 from lightning_compress.export.pretrained import export_pretrained
 from lightning_compress.measure.onnx_files import compare_onnx
 from lightning_compress.measure.report import Measurement, compare
+from lightning_compress.packing.packed import load_packed, pack, unpack
 from lightning_compress.pruning.channels import Removal
 from lightning_compress.pruning.criteria import magnitude
 from lightning_compress.pruning.reconstruction import reconstruct
@@ -84,11 +85,14 @@ __all__ = [
     "export_pretrained",
     "fake_quantized",
     "load_from_checkpoint",
+    "load_packed",
     "magnitude",
+    "pack",
     "plan",
     "quantize_post_training",
     "reconstruct",
     "reestimate_batch_norm",
     "remove_zero_channels",
     "soft_targets",
+    "unpack",
 ]

@@ -16,6 +16,9 @@ PROGRAM = "python -m lightning_compress"
 COMMANDS = {
     "demo": "prune, quantize and distil a small CNN on real images in one run, and print what it gained",
     "report": "compare two model files, dense and compressed: table, Markdown, JSON and an HTML page",
+    "pack": "write a checkpoint's weights into one file near their entropy",
+    "unpack": "write a packed file's weights as a checkpoint or safetensors file",
+    "inspect": "say how each tensor of a packed file is kept, and in how many bytes",
     "fit": "train a LightningModule and LightningDataModule that YAML files name (LightningCLI)",
     "validate": "validate it",
     "test": "test it",
@@ -43,6 +46,10 @@ def main() -> int:
         from lightning_compress.reporting import main as report
 
         return report(arguments)
+    if command in ("pack", "unpack", "inspect"):
+        from lightning_compress.packing_command import main as packing
+
+        return packing(command, arguments)
     if command == "search":
         from lightning_compress.search_command import main as search
 

@@ -378,7 +378,8 @@ def test_help_lists_the_commands(
 ) -> None:
     assert run(monkeypatch, option) == 0
     said = capsys.readouterr().out
-    assert set(COMMANDS) == {"demo", "report", "plan", "search", "fit", "validate", "test", "predict"}
+    packing = {"pack", "unpack", "inspect"}
+    assert set(COMMANDS) == packing | {"demo", "report", "plan", "search", "fit", "validate", "test", "predict"}
     assert all(f"  {command} " in said for command in COMMANDS)
 
 

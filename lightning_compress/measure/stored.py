@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from lightning_compress.sharding import clean_name
 __all__ = ["KINDS", "measure_file", "stored_layers", "stored_tensors"]
 
 CHECKPOINTS = (".ckpt", ".pt", ".pth", ".bin")
-KINDS = (".onnx", ".safetensors", *CHECKPOINTS)
+PACKED = ".packed"
+KINDS = (".onnx", ".safetensors", PACKED, *CHECKPOINTS)
 # What bytes that were never a checkpoint make of torch's reader, which follows them as if they were one.
 _UNREADABLE = (pickle.UnpicklingError, EOFError, RuntimeError, LookupError, ValueError, TypeError, AttributeError)
 _WEIGHT_TYPES = (torch.int8, torch.uint8)  # besides all floating ones; wider integers are counters and indices
@@ -29,7 +30,7 @@ def measure_file(path: str | Path, name: str) -> Measurement:
     """Measure what a file alone can tell: bytes, zipped, entropy bound and zeros. Runs no model.
 
     Args:
-        path: an ONNX file, a checkpoint (`state_dict` is read where it has one), or a safetensors file.
+        path: an ONNX file, a checkpoint (`state_dict` is read where it has one), a safetensors or a packed file.
         name: what the column is called.
 
     Raises:
@@ -70,12 +71,13 @@ def stored_layers(path: str | Path) -> list[LayerRow]:
 
 
 def stored_tensors(path: str | Path) -> dict[str, Tensor]:
-    """Tensors of a checkpoint or safetensors file by name, on the CPU; no object but tensors is made.
+    """Tensors of a checkpoint, safetensors or packed file by name, on the CPU; no object but tensors is made.
 
     Arguments and errors are those of `measure_file`.
     """
     path = _checked(path)
-    content: Any = _safetensors(path) if path.suffix.lower() == ".safetensors" else _checkpoint(path)
+    readers: dict[str, Callable[[Path], Any]] = {".safetensors": _safetensors, PACKED: _packed}
+    content = readers.get(path.suffix.lower(), _checkpoint)(path)
     named = content.get("state_dict", content) if isinstance(content, Mapping) else None
     tensors = {clean_name(str(name)): value for name, value in (named or {}).items() if isinstance(value, Tensor)}
     if not tensors:
@@ -116,6 +118,16 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise ValueError(f"expected a safetensors file, but '{path}' is none ({error})") from error
+
+
+def _packed(path: Path) -> dict[str, Tensor]:
+    from lightning_compress.packing.packed import unpack  # it measures what it packs, by this package
+    from lightning_compress.packing.stream import PackedFileError
+
+    try:
+        return unpack(path)
+    except PackedFileError as error:
+        raise ValueError(str(error)) from error
 
 
 def _checkpoint(path: Path) -> Any:

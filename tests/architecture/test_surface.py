@@ -25,6 +25,9 @@ OPTIONAL = (
     "matplotlib",
     "jsonargparse",
     "optuna",
+    "constriction",
+    "zstandard",
+    "compressed_tensors",
 )
 
 # Lightning itself imports some optional packages when they are installed, so who imports counts.

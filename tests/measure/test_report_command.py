@@ -126,7 +126,7 @@ def test_what_only_one_file_has_is_said(run, folder, tmp_path):
 
 WRONG = [
     (("nowhere.onnx", "small.onnx"), "expected a model file at 'nowhere.onnx', where there is none"),
-    (("dense.onnx", "my_data.py"), "one of .onnx, .safetensors, .ckpt, .pt, .pth, .bin, got 'my_data.py'"),
+    (("dense.onnx", "my_data.py"), "one of .onnx, .safetensors, .packed, .ckpt, .pt, .pth, .bin, got 'my_data.py'"),
     (("text.onnx", "small.onnx"), "expected an ONNX file, but 'text.onnx' is none"),
     (("text.pt", "small.pt"), "cannot be read as one without running code from it"),
     (("text.safetensors", "small.pt"), "expected a safetensors file, but 'text.safetensors' is none"),

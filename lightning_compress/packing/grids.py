@@ -1,0 +1,62 @@
+"""The weights of a module as they were rounded in training, as codes and scales where their grids have such."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.packing.tensors import Codes
+from lightning_compress.quantization.grid import Range
+from lightning_compress.quantization.outputs import Ranges, outputs_of
+from lightning_compress.quantization.projections import weight_names
+from lightning_compress.quantization.weight_only import group_codes
+from lightning_compress.quantization.weights import Symmetric, output_first
+
+__all__ = ["rounded_weights"]
+
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+@torch.no_grad()
+def rounded_weights(module: nn.Module, ranges: Ranges) -> dict[str, tuple[Tensor, Codes | None]]:
+    """Return the rounded weight of each layer with a range, by its key, and codes that give it. Runs when it is packed.
+
+    Codes are None where the grid has none, as floating formats, or none whose product with scales is the rounded
+    weight to the bit.
+
+    Raises:
+        AttributeError: a range names no layer of the module.
+    """
+    layers = outputs_of(ranges)[0]
+    names = weight_names(module, layers)
+    found: dict[str, tuple[Tensor, Codes | None]] = {}
+    for layer, trained in layers.items():
+        name = names[layer]
+        owner = module.get_submodule(name.rpartition(".")[0])
+        groups = owner.groups if isinstance(owner, TRANSPOSED) else 0
+        weight = module.get_parameter(name).detach().cpu()
+        found[name] = _rounded(weight, trained, groups)
+    return found
+
+
+def _rounded(weight: Tensor, trained: Range, groups: int) -> tuple[Tensor, Codes | None]:
+    """A transposed convolution of several groups has no codes here: its channels lie in two dimensions."""
+    rows = output_first(weight, groups) if groups else weight
+    rounded = trained.weight_grid.rounded(rows, trained.weights_learned)
+    pair = _codes(rows, trained)
+    if groups:
+        rounded = output_first(rounded, groups)
+    if pair is None or groups > 1:
+        return rounded, None
+    integers = output_first(pair[0], groups).contiguous() if groups else pair[0]
+    codes = Codes(integers, pair[1].reshape(-1), before=len(weight) if groups else 1)
+    product = codes.product().to(weight.dtype)
+    return (product, codes) if torch.equal(product, rounded) else (rounded, None)
+
+
+def _codes(rows: Tensor, trained: Range) -> tuple[Tensor, Tensor] | None:
+    grid = trained.weight_grid
+    if isinstance(grid, Symmetric) and isinstance(grid.group, int):
+        codes, scales = group_codes(rows.flatten(1), grid.bits, grid.group)
+        return codes.view(rows.shape), scales
+    return trained.codes(rows)

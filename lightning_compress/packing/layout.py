@@ -1,0 +1,133 @@
+"""The file around the tensors: magic, version, a directory of names, shapes and checksums, then the tensors' bytes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from lightning_compress.packing.stream import PackedFileError
+from lightning_compress.packing.tensors import DTYPES, tensor_bytes
+
+__all__ = ["Directory", "Entry", "open_packed", "write_head"]
+
+MAGIC, VERSION = b"LCPK", 1
+HEAD = struct.Struct("<4sBII")  # magic, version, bytes of the directory, their CRC-32
+LARGEST_DIRECTORY = 1 << 28
+MOST_DIMENSIONS = 64
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of the directory.
+
+    Args:
+        name: its key in the state dict.
+        dtype: one of DTYPES.
+        shape: of the whole tensor.
+        size: bytes in the file.
+        crc: CRC-32 of the tensor's own bytes, little endian.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    size: int
+    crc: int
+
+
+@dataclass(frozen=True)
+class Directory:
+    """What a file says it has.
+
+    Args:
+        entries: the tensors, in the order of their bytes.
+        same: further keys, and the tensor each is tied to.
+    """
+
+    entries: tuple[Entry, ...]
+    same: dict[str, str]
+
+    @property
+    def claimed_bytes(self) -> int:
+        """Bytes of all tensors once they are unpacked."""
+        return sum(tensor_bytes(entry.dtype, entry.shape) for entry in self.entries)
+
+
+def write_head(file: BinaryIO, directory: Directory) -> None:
+    """Write all that stands before the tensors' bytes."""
+    rows = [[e.name, e.dtype, list(e.shape), e.size, e.crc] for e in directory.entries]
+    text = json.dumps([rows, directory.same], separators=(",", ":"), ensure_ascii=False)
+    kept = zlib.compress(text.encode("utf-8"), 9)
+    file.write(HEAD.pack(MAGIC, VERSION, len(kept), zlib.crc32(kept)))
+    file.write(kept)
+
+
+@contextlib.contextmanager
+def open_packed(path: str | Path) -> Iterator[tuple[Directory, BinaryIO]]:
+    """Open a packed file at its first tensor, its directory read and checked: no memory is taken for a tensor yet.
+
+    Raises:
+        FileNotFoundError: nothing is at `path`.
+        PackedFileError: no packed file, one of a newer version, cut, or with a directory that cannot be.
+    """
+    path = Path(path)
+    with path.open("rb") as file:
+        head = file.read(HEAD.size)
+        if len(head) < HEAD.size or head[:4] != MAGIC:
+            raise PackedFileError(f"expected a packed file at {path}, got another kind; `pack` writes them")
+        _, version, size, crc = HEAD.unpack(head)
+        if version != VERSION:
+            raise PackedFileError(
+                f"{path} is of version {version}, and this package reads {VERSION}; update lightning-compress"
+            )
+        length = path.stat().st_size
+        if size > min(LARGEST_DIRECTORY, length - HEAD.size):
+            raise PackedFileError(f"{path} is cut within its directory, or changed; get it again")
+        kept = file.read(size)
+        if zlib.crc32(kept) != crc:
+            raise PackedFileError(f"the directory of {path} has changed (its checksum differs); get it again")
+        directory = _directory(kept, path)
+        _check_length(directory, length - HEAD.size - size, path)
+        yield directory, file
+
+
+def _directory(kept: bytes, path: Path) -> Directory:
+    try:
+        inflating = zlib.decompressobj()
+        text = inflating.decompress(kept, LARGEST_DIRECTORY)
+        if not inflating.eof:
+            raise PackedFileError(f"the directory of {path} does not end within {LARGEST_DIRECTORY} bytes")
+        rows, same = json.loads(text)
+        entries = tuple(Entry(*row) for row in rows)
+        names = [_checked(entry).name for entry in entries]
+        tied = {str(key): str(name) for key, name in same.items()}
+    except (zlib.error, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise PackedFileError(f"the directory of {path} cannot be read: {error}") from error
+    if len({*names, *tied}) != len(names) + len(tied) or not set(tied.values()) <= set(names):
+        raise PackedFileError(f"the directory of {path} names a tensor twice, or ties one to none")
+    return Directory(tuple(Entry(e.name, e.dtype, tuple(e.shape), e.size, e.crc) for e in entries), tied)
+
+
+def _checked(entry: Entry) -> Entry:
+    whole = [*entry.shape, entry.size, entry.crc]
+    if not isinstance(entry.name, str) or entry.dtype not in DTYPES or len(entry.shape) > MOST_DIMENSIONS:
+        raise ValueError(f"no such tensor: {entry}")
+    if any(type(number) is not int or number < 0 for number in whole) or math.prod(entry.shape) >= 2**48:
+        raise ValueError(f"sizes that cannot be: {entry}")
+    return entry
+
+
+def _check_length(directory: Directory, left: int, path: Path) -> None:
+    for entry in directory.entries:
+        if entry.size > left:
+            raise PackedFileError(f"{path} is cut: '{entry.name}' has {left} of its {entry.size} bytes; get it again")
+        left -= entry.size
+    if left:
+        raise PackedFileError(f"{path} has {left} bytes after its last tensor; it has changed, get it again")
