@@ -23,6 +23,7 @@ CHUNK = 1 << 20  # symbols that are coded at a time, so that their 32-bit form s
 SCALE = 1 << 20  # counts are kept as shares of this many, where there are more
 LEVEL = 9
 TRIED = 1 << 16  # symbols on which repeats are tried first
+WORTH = 0.97  # of a byte a symbol: above, coding costs more time than it saves bytes
 
 
 def coded_bytes(counts: npt.NDArray[np.int64]) -> float:
@@ -51,7 +52,7 @@ def pack_symbols(symbols: Symbols, alphabet: int) -> bytes:
     if counts.max(initial=0) == len(symbols):
         return bytes([ONE, int(symbols[0]) if len(symbols) else 0])
     found = [bytes([STORED]) + symbols.tobytes()]
-    if coded_bytes(counts) < len(symbols):
+    if coded_bytes(counts) < WORTH * len(symbols):
         found.append(_entropy_coded(symbols, counts))
     if _repeats(symbols, len(min(found, key=len)) / len(symbols)):
         found.append(bytes([REPEATS]) + _with_length(_zstandard().ZstdCompressor(level=LEVEL).compress(symbols)))
