@@ -18,7 +18,7 @@ __all__ = ["ALPHABET", "coded_bytes", "pack_symbols", "unpack_symbols"]
 
 Symbols = npt.NDArray[np.uint8]
 ALPHABET = 256
-STORED, ENTROPY, REPEATS, ONE = range(4)
+STORED, ENTROPY, REPEATS, ONE, ENTROPY_OF_FEW = range(5)
 CHUNK = 1 << 20  # symbols that are coded at a time, so that their 32-bit form stays small
 SCALE = 1 << 20  # counts are kept as shares of this many, where there are more
 LEVEL = 9
@@ -30,12 +30,12 @@ def coded_bytes(counts: npt.NDArray[np.int64]) -> float:
     """Return about how many bytes the entropy coder needs for symbols with these counts, with its table.
 
     >>> round(coded_bytes(np.array([400, 400])), 1)
-    109.0
+    111.0
     """
-    total = counts.sum()
     kept = counts[counts > 0]
-    table = 2 * len(counts) + 5
-    return float(-(kept * np.log2(kept / total)).sum() / 8) + table if total else float(table)
+    if len(kept) < 2:
+        return 2.0
+    return float(-(kept * np.log2(kept / counts.sum())).sum() / 8) + len(_table(_shares(counts))) + 6
 
 
 def pack_symbols(symbols: Symbols, alphabet: int) -> bytes:
@@ -70,12 +70,12 @@ def unpack_symbols(stream: Stream, count: int, alphabet: int) -> Symbols:
         return np.full(count, _below(stream.byte(), alphabet), np.uint8)
     if method == STORED:
         symbols = np.frombuffer(stream.take(count), np.uint8).copy()
-    elif method == ENTROPY:
-        symbols = _entropy_decoded(stream, count, alphabet)
+    elif method in (ENTROPY, ENTROPY_OF_FEW):
+        symbols = _entropy_decoded(stream, count, _read_table(stream, alphabet, few=method == ENTROPY_OF_FEW))
     elif method == REPEATS:
         symbols = _decompressed(stream.take(stream.varint()), count)
     else:
-        raise PackedFileError(f"expected a way of coding symbols, 0 to 3, got {method}")
+        raise PackedFileError(f"expected a way of coding symbols, 0 to 4, got {method}")
     _below(int(symbols.max(initial=0)), alphabet)
     return symbols
 
@@ -110,13 +110,30 @@ def _entropy_coded(symbols: Symbols, counts: npt.NDArray[np.int64]) -> bytes:
     coder, model = _constriction().stream.stack.AnsCoder(), _model(shares)
     for start in range((len(symbols) - 1) // CHUNK * CHUNK, -1, -CHUNK):  # a stack: the last symbol goes in first
         coder.encode_reverse(symbols[start : start + CHUNK].astype(np.int32), model)
-    table = b"".join(varint(int(share)) for share in shares)
     words: bytes = coder.get_compressed().astype("<u4").tobytes()
-    return bytes([ENTROPY]) + table + varint(len(words) // 4) + words
+    return _table(shares) + varint(len(words) // 4) + words
 
 
-def _entropy_decoded(stream: Stream, count: int, alphabet: int) -> Symbols:
-    shares = np.array([stream.varint(SCALE) for _ in range(alphabet)], np.int64)
+def _table(shares: npt.NDArray[np.int64]) -> bytes:
+    """The shares of all symbols, or of those that occur, each after its distance from the one before."""
+    whole = bytes([ENTROPY]) + b"".join(varint(share) for share in shares.tolist())
+    places = np.flatnonzero(shares)
+    steps = np.diff(places, prepend=0).tolist()
+    pairs = b"".join(varint(step) + varint(share) for step, share in zip(steps, shares[places].tolist(), strict=True))
+    return min(whole, bytes([ENTROPY_OF_FEW]) + varint(len(places)) + pairs, key=len)
+
+
+def _read_table(stream: Stream, alphabet: int, few: bool) -> npt.NDArray[np.int64]:
+    if not few:
+        return np.array([stream.varint(SCALE) for _ in range(alphabet)], np.int64)
+    shares, at = np.zeros(alphabet, np.int64), 0
+    for _ in range(stream.varint(alphabet)):
+        at += stream.varint(alphabet)
+        shares[_below(at, alphabet)] = stream.varint(SCALE)
+    return shares
+
+
+def _entropy_decoded(stream: Stream, count: int, shares: npt.NDArray[np.int64]) -> Symbols:
     if np.count_nonzero(shares) < 2:
         raise PackedFileError("expected shares of two symbols or more, got fewer")
     words = np.frombuffer(stream.take(4 * stream.varint(stream.left)), "<u4").astype(np.uint32)

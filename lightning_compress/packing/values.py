@@ -45,7 +45,7 @@ def pack_values(values: Bits) -> bytes:
     if len(values) > zeros >= FEWEST_ZEROS * len(values) and (book is None or (len(book) > 2 and gathered(taken))):
         rest = values[taken]
         found.append(bytes([ZEROS_APART]) + varint(len(rest)) + pack_positions(taken) + pack_values(rest))
-    elif book is None and values.itemsize > 1 and _gains(values):
+    elif values.itemsize > 1 and (len(values) <= SAMPLE or (book is None and _gains(values))):
         planes = _planes(values)
         found.append(bytes([BY_PLACE]) + b"".join(pack_symbols(plane, ALPHABET) for plane in planes))
     return min(found, key=len)

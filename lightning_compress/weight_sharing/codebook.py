@@ -95,11 +95,11 @@ def kmeans(values: Tensor, entries: int, start: Start = linear, steps: int = 50)
         raise ValueError(f"a codebook has 1 to {MOST_ENTRIES} entries, got {entries}")
     if not len(values) or not bool(values.isfinite().all()):
         raise ValueError(f"k-means needs finite values, got {len(values)} with NaN or infinity among them, or none")
-    distinct = values.unique()
+    distinct: Tensor = torch.unique(values)
     if len(distinct) <= entries:
         return distinct
     exact = values.double()
-    book = start(values, entries).double().unique()
+    book: Tensor = torch.unique(start(values, entries).double())
     for _ in range(steps):
         codes = nearest_entry(exact, book)
         counts = torch.bincount(codes, minlength=len(book))
@@ -109,7 +109,8 @@ def kmeans(values: Tensor, entries: int, start: Start = linear, steps: int = 50)
             break
         book = moved
     used = torch.bincount(nearest_entry(exact, book), minlength=len(book)) > 0
-    return book[used].to(values.dtype).unique()
+    found: Tensor = torch.unique(book[used].to(values.dtype))
+    return found
 
 
 @torch.no_grad()

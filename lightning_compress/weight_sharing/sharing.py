@@ -54,7 +54,7 @@ def share_weights(
     books = {}
     for name, weight in weights.items():
         weight.data.copy_(shared_values(weight.data, wanted[name], start))
-        books[name] = weight.unique()
+        books[name] = torch.unique(weight)
     return books
 
 
