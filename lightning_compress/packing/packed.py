@@ -19,6 +19,7 @@ from lightning_compress.packing.layout import Directory, Entry, open_packed, wri
 from lightning_compress.packing.stream import PackedFileError
 from lightning_compress.packing.tensors import DTYPES, Codes, checksum, pack_tensor, unpack_tensor, way_of
 from lightning_compress.quantization.outputs import Ranges
+from lightning_compress.sharding import is_distributed
 
 __all__ = ["PackedTensor", "load_packed", "pack", "packed_tensors", "unpack", "unpacked"]
 
@@ -50,7 +51,7 @@ def pack(
     Raises:
         ImportError: a package of the `packed` extra is missing.
         TypeError: ranges with a state dict; they need the module.
-        ValueError: a dtype that no file holds.
+        ValueError: a dtype that no file holds, a tensor on the meta device or sharded.
         AttributeError: a range names no layer of the module.
     """
     state = dict(module.state_dict() if isinstance(module, nn.Module) else module)
@@ -190,6 +191,9 @@ def _place(tensor: Tensor) -> object:
 
 
 def _check(name: str, tensor: Tensor) -> None:
+    if tensor.is_meta or is_distributed(tensor):
+        kind = "on the meta device, without values" if tensor.is_meta else "sharded among processes"
+        raise ValueError(f"expected tensors that are whole and here, but '{name}' is {kind}; gather the weights first")
     if tensor.dtype not in _NAMES or tensor.layout is not torch.strided:
         raise ValueError(
             f"no file holds {tensor.layout} {tensor.dtype}, as '{name}' is; expected one of {list(DTYPES)}"

@@ -234,6 +234,8 @@ def test_what_cannot_be_packed_is_named_and_leaves_no_file(tmp_path):
         pack({"w": torch.eye(3).to_sparse()}, tmp_path / "a")
     with pytest.raises(ValueError, match=r"complex128.*'w'"):
         pack({"w": torch.zeros(3, dtype=torch.complex128)}, tmp_path / "a")
+    with pytest.raises(ValueError, match=r"'w' is on the meta device"):
+        pack({"w": torch.zeros(3, device="meta")}, tmp_path / "a")
     with pytest.raises(TypeError, match="give the module"):
         pack({"w": torch.eye(3)}, tmp_path / "a", ranges={"w": None})
     with pytest.raises(AttributeError, match="third"):
