@@ -34,7 +34,7 @@ from training import quiet_trainer
 
 from lightning_compress import GradualPruning, load_packed, pack
 from lightning_compress.measure.entropy import entropy_bound_bytes
-from lightning_compress.packing.packed import packed_tensors
+from lightning_compress.packing.reading import packed_tensors
 from lightning_compress.weight_sharing.sharing import share_weights
 
 HERE = Path(__file__).resolve().parent

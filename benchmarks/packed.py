@@ -34,7 +34,7 @@ from finetune_text import encoder_weights
 
 from lightning_compress import pack, unpack
 from lightning_compress.measure.entropy import entropy_bound_bytes
-from lightning_compress.packing.packed import packed_tensors
+from lightning_compress.packing.reading import packed_tensors
 from lightning_compress.quantization.grid import FLOAT_BITS, Range
 from lightning_compress.quantization.weights import Symmetric
 

@@ -27,7 +27,8 @@ from lightning_compress.export.onnx import export_onnx
 from lightning_compress.export.pretrained import export_pretrained
 from lightning_compress.measure.onnx_files import compare_onnx
 from lightning_compress.measure.report import Measurement, compare
-from lightning_compress.packing.packed import load_packed, pack, unpack
+from lightning_compress.packing.reading import load_packed, unpack
+from lightning_compress.packing.writing import pack, pack_levels
 from lightning_compress.pruning.channels import Removal
 from lightning_compress.pruning.criteria import magnitude
 from lightning_compress.pruning.reconstruction import reconstruct
@@ -88,6 +89,7 @@ __all__ = [
     "load_packed",
     "magnitude",
     "pack",
+    "pack_levels",
     "plan",
     "quantize_post_training",
     "reconstruct",

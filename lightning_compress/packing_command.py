@@ -13,7 +13,8 @@ from torch import Tensor
 from lightning_compress.errors import CompressError
 from lightning_compress.export.replacing import written_at_the_end
 from lightning_compress.measure.stored import stored_tensors
-from lightning_compress.packing.packed import pack, packed_tensors, unpack
+from lightning_compress.packing.reading import packed_tensors, unpack
+from lightning_compress.packing.writing import pack
 
 __all__ = ["main"]
 
@@ -46,7 +47,7 @@ def _pack(options: argparse.Namespace) -> str:
 
 def _unpack(options: argparse.Namespace) -> str:
     """Write the tensors of a packed file as a checkpoint of torch or, by its name, as safetensors."""
-    state = unpack(options.packed, options.most_bytes)
+    state = unpack(options.packed, options.level, options.most_bytes)
     path = Path(options.checkpoint)
     with written_at_the_end(path, path.suffix) as unfinished:
         _save(state, unfinished)
@@ -68,7 +69,7 @@ def _save(state: Mapping[str, Tensor], path: Path) -> None:
 def _inspect(options: argparse.Namespace) -> str:
     """Say how each tensor of a packed file is kept, in how many bytes, and what the entropy of its values is."""
     rows = [("tensor", "dtype", "shape", "kept as", "bytes", "bits a value", "entropy")]
-    found = packed_tensors(options.packed)
+    found = packed_tensors(options.packed, options.level)
     for told in found:
         count = max(1, torch.Size(told.shape).numel())
         shape = " x ".join(map(str, told.shape)) or "one value"
@@ -94,13 +95,19 @@ def _of_pack(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 def _of_unpack(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser.add_argument("packed", help="what `pack` wrote")
     parser.add_argument("checkpoint", help="the file to write: .pt, or .safetensors")
+    _level(parser)
     parser.add_argument("--most-bytes", type=int, help="what its tensors may take (default: 1 GiB + 1000 x the file)")
     return parser
 
 
 def _of_inspect(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser.add_argument("packed", help="what `pack` wrote")
+    _level(parser)
     return parser
+
+
+def _level(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--level", type=int, help="of a file of several versions, 0 the coarsest (default: the finest)")
 
 
 Run = Callable[[argparse.Namespace], str]

@@ -121,7 +121,7 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _packed(path: Path) -> dict[str, Tensor]:
-    from lightning_compress.packing.packed import unpack  # it measures what it packs, by this package
+    from lightning_compress.packing.reading import unpack  # it measures what it packs, by this package
     from lightning_compress.packing.stream import PackedFileError
 
     try:

@@ -20,7 +20,7 @@ __all__ = ["Directory", "Entry", "open_packed", "write_head"]
 MAGIC, VERSION = b"LCPK", 1
 HEAD = struct.Struct("<4sBII")  # magic, version, bytes of the directory, their CRC-32
 LARGEST_DIRECTORY = 1 << 28
-MOST_DIMENSIONS = 64
+MOST_DIMENSIONS, MOST_LEVELS = 64, 64
 
 
 @dataclass(frozen=True)
@@ -31,15 +31,15 @@ class Entry:
         name: its key in the state dict.
         dtype: one of DTYPES.
         shape: of the whole tensor.
-        size: bytes in the file.
-        crc: CRC-32 of the tensor's own bytes, little endian.
+        sizes: bytes in the file, of each level.
+        crcs: CRC-32 of the tensor's own bytes, little endian, of each level.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    size: int
-    crc: int
+    sizes: tuple[int, ...]
+    crcs: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,11 @@ class Directory:
     same: dict[str, str]
 
     @property
+    def levels(self) -> int:
+        """Number of versions of the model."""
+        return max((len(entry.sizes) for entry in self.entries), default=1)
+
+    @property
     def claimed_bytes(self) -> int:
         """Bytes of all tensors once they are unpacked."""
         return sum(tensor_bytes(entry.dtype, entry.shape) for entry in self.entries)
@@ -62,7 +67,7 @@ class Directory:
 
 def write_head(file: BinaryIO, directory: Directory) -> None:
     """Write all that stands before the tensors' bytes."""
-    rows = [[e.name, e.dtype, list(e.shape), e.size, e.crc] for e in directory.entries]
+    rows = [[e.name, e.dtype, e.shape, e.sizes, e.crcs] for e in directory.entries]
     text = json.dumps([rows, directory.same], separators=(",", ":"), ensure_ascii=False)
     kept = zlib.compress(text.encode("utf-8"), 9)
     file.write(HEAD.pack(MAGIC, VERSION, len(kept), zlib.crc32(kept)))
@@ -107,16 +112,22 @@ def _directory(kept: bytes, path: Path) -> Directory:
         rows, same = json.loads(text)
         entries = tuple(Entry(*row) for row in rows)
         names = [_checked(entry).name for entry in entries]
+        if len({len(entry.sizes) for entry in entries}) > 1:
+            raise ValueError("tensors of different numbers of levels")
         tied = {str(key): str(name) for key, name in same.items()}
     except (zlib.error, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise PackedFileError(f"the directory of {path} cannot be read: {error}") from error
     if len({*names, *tied}) != len(names) + len(tied) or not set(tied.values()) <= set(names):
         raise PackedFileError(f"the directory of {path} names a tensor twice, or ties one to none")
-    return Directory(tuple(Entry(e.name, e.dtype, tuple(e.shape), e.size, e.crc) for e in entries), tied)
+    return Directory(
+        tuple(Entry(e.name, e.dtype, tuple(e.shape), tuple(e.sizes), tuple(e.crcs)) for e in entries), tied
+    )
 
 
 def _checked(entry: Entry) -> Entry:
-    whole = [*entry.shape, entry.size, entry.crc]
+    whole = [*entry.shape, *entry.sizes, *entry.crcs]
+    if len(entry.sizes) != len(entry.crcs) or not 1 <= len(entry.sizes) <= MOST_LEVELS:
+        raise ValueError(f"no such levels: {entry}")
     if not isinstance(entry.name, str) or entry.dtype not in DTYPES or len(entry.shape) > MOST_DIMENSIONS:
         raise ValueError(f"no such tensor: {entry}")
     if any(type(number) is not int or number < 0 for number in whole) or math.prod(entry.shape) >= 2**48:
@@ -126,8 +137,9 @@ def _checked(entry: Entry) -> Entry:
 
 def _check_length(directory: Directory, left: int, path: Path) -> None:
     for entry in directory.entries:
-        if entry.size > left:
-            raise PackedFileError(f"{path} is cut: '{entry.name}' has {left} of its {entry.size} bytes; get it again")
-        left -= entry.size
+        size = sum(entry.sizes)
+        if size > left:
+            raise PackedFileError(f"{path} is cut: '{entry.name}' has {left} of its {size} bytes; get it again")
+        left -= size
     if left:
         raise PackedFileError(f"{path} has {left} bytes after its last tensor; it has changed, get it again")

@@ -1,4 +1,4 @@
-"""One tensor as bytes: its bits as they are, or the codes and scales of a grid that it is rounded on."""
+"""One tensor as bytes: its bits, the codes and scales of a grid that it is rounded on, or what a coarser one lacks."""
 
 from __future__ import annotations
 
@@ -12,10 +12,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from lightning_compress.packing.given import pack_given, unpack_given
 from lightning_compress.packing.stream import PackedFileError, Stream, varint
-from lightning_compress.packing.values import WAYS, pack_values, unpack_values
+from lightning_compress.packing.symbols import ALPHABET
+from lightning_compress.packing.values import WAYS, codebook_of, pack_values, unpack_values
 
-__all__ = ["DTYPES", "Codes", "bits_of", "checksum", "pack_tensor", "tensor_bytes", "unpack_tensor", "way_of"]
+__all__ = [
+    "DTYPES", "Codes", "Version", "bits_of", "checksum", "known_of", "pack_tensor", "tensor_bytes", "unpack_tensor",
+    "way_of",
+]  # fmt: skip
 
 DTYPES = {  # as safetensors names them
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -25,7 +30,8 @@ DTYPES = {  # as safetensors names them
 }  # fmt: skip
 _SAME_WIDTH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-BITS, GRID = range(2)
+BITS, GRID, BITS_GIVEN, GRID_GIVEN, SAME = range(5)
+Known = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,9 @@ class Codes:
         """Return the weight, float32."""
         parts = self.integers.reshape(self.before, len(self.scales), -1).float()
         return parts.mul_(self.scales.unsqueeze(-1)).view(self.integers.shape)
+
+
+Version = tuple[Tensor, Codes | None]  # a tensor, and the codes it is kept by if it has a grid
 
 
 def bits_of(tensor: Tensor) -> npt.NDArray[np.unsignedinteger]:
@@ -77,44 +86,83 @@ def tensor_bytes(dtype: str, shape: Sequence[int]) -> int:
     return math.prod(shape) * DTYPES[dtype].itemsize
 
 
-def pack_tensor(tensor: Tensor, codes: Codes | None = None) -> bytes:
+def known_of(tensor: Tensor, codes: Codes | None = None) -> Known | None:
+    """Return the symbols that a finer version of a tensor can be coded by; None of a tensor of many values."""
+    return codebook_of(bits_of(tensor))[1] if codes is None else bits_of(codes.integers).astype(np.uint8, copy=False)
+
+
+def pack_tensor(tensor: Tensor, codes: Codes | None = None, coarser: Version | None = None) -> bytes:
     """Return a tensor as bytes, of which `unpack_tensor` makes it again; needs its dtype and shape.
 
     Args:
         tensor: of a dtype in DTYPES.
         codes: whose product is the tensor to the bit; None keeps the bits themselves.
+        coarser: a version of it that the reader has, with its codes.
     """
-    if codes is None:
-        return bytes([BITS]) + pack_values(bits_of(tensor))
-    head = bytes([GRID]) + varint(len(codes.scales)) + varint(codes.before)
-    return head + pack_values(bits_of(codes.scales)) + pack_values(bits_of(codes.integers))
+    alone = bytes([BITS]) + pack_values(bits_of(tensor)) if codes is None else bytes([GRID]) + _grid(codes)
+    if coarser is None:
+        return alone
+    if np.array_equal(bits_of(tensor), bits_of(coarser[0])):
+        return bytes([SAME])
+    known, own = known_of(*coarser), known_of(tensor, codes)
+    if known is None or own is None:
+        return alone
+    head = bytes([GRID_GIVEN]) + _head(codes) if codes is not None else bytes([BITS_GIVEN]) + _book(tensor)
+    return min(alone, head + pack_given(own, known), key=len)
 
 
-def unpack_tensor(data: bytes | memoryview, dtype: str, shape: Sequence[int]) -> Tensor:
-    """Return the tensor of some bytes.
+def _book(tensor: Tensor) -> bytes:
+    book = np.unique(bits_of(tensor))
+    return varint(len(book)) + book.astype(book.dtype.newbyteorder("<")).tobytes()
+
+
+def _head(codes: Codes) -> bytes:
+    return varint(len(codes.scales)) + varint(codes.before) + pack_values(bits_of(codes.scales))
+
+
+def _grid(codes: Codes) -> bytes:
+    return _head(codes) + pack_values(bits_of(codes.integers))
+
+
+def unpack_tensor(
+    data: bytes | memoryview, dtype: str, shape: Sequence[int], coarser: Version | None = None
+) -> Version:
+    """Return the tensor of some bytes, and its codes if it has a grid.
 
     Raises:
         PackedFileError: they are not those of such a tensor.
     """
     stream, count, width = Stream(data), math.prod(shape), DTYPES[dtype].itemsize
     kind = stream.byte()
+    if kind == SAME and coarser is not None:
+        return coarser
+    known = known_of(*coarser) if coarser is not None and kind in (BITS_GIVEN, GRID_GIVEN) else None
+    codes = None
     if kind == BITS:
         tensor = _tensor(unpack_values(stream, count, _UNSIGNED[width]), dtype)
-    elif kind == GRID:
-        tensor = _on_grid(stream, count).to(DTYPES[dtype])
+    elif kind == BITS_GIVEN and known is not None:
+        book = np.frombuffer(stream.take(stream.varint(ALPHABET) * width), np.dtype(_UNSIGNED[width]).newbyteorder("<"))
+        own = unpack_given(stream, known)
+        if int(own.max(initial=0)) >= len(book):
+            raise PackedFileError(f"expected codes of {len(book)} values, got higher ones")
+        tensor = _tensor(book.astype(_UNSIGNED[width])[own], dtype)
+    elif kind == GRID or (kind == GRID_GIVEN and known is not None):
+        codes = _codes(stream, count, shape, known)
+        tensor = codes.product().to(DTYPES[dtype])
     else:
-        raise PackedFileError(f"expected a tensor's bits or codes, 0 or 1, got {kind}")
+        raise PackedFileError(f"expected a tensor's bits or codes, 0 to 4, got {kind}")
     if stream.left:
         raise PackedFileError(f"expected no more bytes, got {stream.left}")
-    return tensor.reshape(tuple(shape))
+    return tensor.reshape(tuple(shape)), codes
 
 
 def way_of(data: bytes | memoryview) -> str:
     """Return in words how a tensor is kept."""
     stream = Stream(data)
-    if stream.byte() == GRID:
-        return "codes and scales"
-    return WAYS[stream.varint(len(WAYS) - 1)]
+    kind = stream.byte()
+    if kind == BITS:
+        return WAYS[stream.varint(len(WAYS) - 1)]
+    return {GRID: "codes and scales", SAME: "as in the level before"}.get(kind, "what the level before lacks")
 
 
 def _tensor(bits: npt.NDArray[np.unsignedinteger], dtype: str) -> Tensor:
@@ -125,10 +173,12 @@ def _tensor(bits: npt.NDArray[np.unsignedinteger], dtype: str) -> Tensor:
     return torch.from_numpy(signed).view(DTYPES[dtype])
 
 
-def _on_grid(stream: Stream, count: int) -> Tensor:
+def _codes(stream: Stream, count: int, shape: Sequence[int], known: Known | None) -> Codes:
     parts, before = stream.varint(count), stream.varint(count)
     if not parts or not before or count % (parts * before):
         raise PackedFileError(f"expected scales for equal parts of {count} codes, got {before} x {parts}")
     scales = torch.from_numpy(unpack_values(stream, parts, np.uint32).view(np.float32))
-    integers = torch.from_numpy(unpack_values(stream, count, np.uint8).view(np.int8))
-    return Codes(integers, scales, before).product()
+    bits = unpack_values(stream, count, np.uint8) if known is None else unpack_given(stream, known)
+    return Codes(
+        torch.from_numpy(bits.astype(np.uint8, copy=False).view(np.int8)).reshape(tuple(shape)), scales, before
+    )

@@ -14,7 +14,7 @@ from lightning_compress.packing.positions import gathered, pack_positions, unpac
 from lightning_compress.packing.stream import PackedFileError, Stream, varint
 from lightning_compress.packing.symbols import ALPHABET, coded_bytes, pack_symbols, unpack_symbols
 
-__all__ = ["WAYS", "pack_values", "unpack_values"]
+__all__ = ["WAYS", "codebook_of", "pack_values", "unpack_values"]
 
 Bits = npt.NDArray[np.unsignedinteger]
 STORED, BY_PLACE, CODEBOOK, ZEROS_APART = range(4)
@@ -36,7 +36,7 @@ def pack_values(values: Bits) -> bytes:
     b'\x00\x07\x07\t'
     """
     found = [bytes([STORED]) + values.tobytes()]
-    book, codes = _codebook(values)
+    book, codes = codebook_of(values)
     taken = values != 0
     zeros = len(values) - int(np.count_nonzero(taken))
     if book is not None:
@@ -82,8 +82,12 @@ def unpack_values(stream: Stream, count: int, dtype: npt.DTypeLike) -> Bits:
     raise PackedFileError(f"expected a way of coding values, 0 to 3, got {way}")
 
 
-def _codebook(values: Bits) -> tuple[Bits | None, npt.NDArray[np.uint8]]:
-    """The distinct values, ascending, and the code of each; None where they are too many to gain by."""
+def codebook_of(values: Bits) -> tuple[Bits | None, npt.NDArray[np.uint8]]:
+    """Return the distinct values, ascending, and the code of each; None where they are too many to gain by.
+
+    >>> codebook_of(np.array([7, 9, 7, 7], np.uint16))
+    (array([7, 9], dtype=uint16), array([0, 1, 0, 0], dtype=uint8))
+    """
     none = None, np.empty(0, np.uint8)
     book = np.unique(values[:: max(1, len(values) // SAMPLE)])
     while 0 < len(book) <= ALPHABET and len(book) * values.itemsize < values.nbytes:

@@ -16,9 +16,10 @@ from torch import nn
 from lightning_compress import CompressError
 from lightning_compress.packing import layout
 from lightning_compress.packing.layout import Directory, Entry, write_head
-from lightning_compress.packing.packed import load_packed, pack, packed_tensors, unpack
+from lightning_compress.packing.reading import load_packed, packed_tensors, unpack
 from lightning_compress.packing.stream import PackedFileError
 from lightning_compress.packing.tensors import bits_of
+from lightning_compress.packing.writing import pack
 
 MUTATIONS = int(os.environ.get("LIGHTNING_COMPRESS_MUTATIONS", "3000"))
 MOST_BYTES = 64 << 20  # of Python's and numpy's memory while a bad file of some kB is refused
@@ -49,8 +50,10 @@ def written(path, data):
 
 
 def with_directory(path, rows, tensors, same=None):
+    """A file of our own making; a size or checksum that is no tuple is that of the only level."""
+    entries = (Entry(*row[:3], *(part if isinstance(part, tuple) else (part,) for part in row[3:])) for row in rows)
     with path.open("wb") as file:
-        write_head(file, Directory(tuple(Entry(*row) for row in rows), same or {}))
+        write_head(file, Directory(tuple(entries), same or {}))
         file.write(tensors)
     return path
 
@@ -179,6 +182,7 @@ def test_a_huge_claim_takes_no_memory(tmp_path):
         ([], {"v": "w"}),
         ([("w", "F32", (0,), 0, 0)], {"w": "w"}),
         ([("w", "F32", (1,), -5, 0)], {}),
+        ([("w", "F32", (0,), 0, 0), ("v", "F32", (0,), (0, 0), (0, 0))], {}),
     ],
 )
 def test_a_directory_that_cannot_be(rows, same, tmp_path):

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_compress import fake_quantized
-from lightning_compress.packing.packed import load_packed, pack, packed_tensors, unpack, unpacked
 from lightning_compress.packing.positions import pack_positions, unpack_positions
+from lightning_compress.packing.reading import load_packed, packed_tensors, unpack, unpacked
 from lightning_compress.packing.stream import Stream
 from lightning_compress.packing.symbols import pack_symbols, unpack_symbols
 from lightning_compress.packing.tensors import DTYPES, bits_of, pack_tensor, unpack_tensor
+from lightning_compress.packing.writing import pack
 from lightning_compress.quantization.grid import Range
 from lightning_compress.quantization.lowbit import Binary, Ternary
 from lightning_compress.quantization.posttraining import quantize_post_training
@@ -27,7 +28,7 @@ SEEDS = st.integers(0, 2**31)
 
 def there_and_back(tensor):
     name = {dtype: name for name, dtype in DTYPES.items()}[tensor.dtype]
-    return unpack_tensor(pack_tensor(tensor), name, tuple(tensor.shape))
+    return unpack_tensor(pack_tensor(tensor), name, tuple(tensor.shape))[0]
 
 
 def same_bits(one, other):

@@ -1,0 +1,170 @@
+"""Pack a model, or several versions of one, into a file near the entropy of its weights."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.export.replacing import written_at_the_end
+from lightning_compress.packing.grids import rounded_weights
+from lightning_compress.packing.layout import MOST_LEVELS, Directory, Entry, write_head
+from lightning_compress.packing.tensors import DTYPES, Version, checksum, pack_tensor
+from lightning_compress.quantization.outputs import Ranges
+from lightning_compress.sharding import is_distributed
+
+__all__ = ["pack", "pack_levels"]
+
+Model = nn.Module | Mapping[str, Tensor]
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def pack(
+    module: Model,
+    path: str | Path,
+    ranges: Ranges | None = None,
+    signed_zeros: bool = False,
+) -> Path:
+    """Write a model's state into one file: zeros, shared weights and codes take the bytes that they are worth.
+
+    Runs after training, tensor by tensor. Without `ranges` all comes back bit for bit, but for the sign of zeros: masks
+    make -0.0 of negative weights, and these signs may be most of a sparse file. Few distinct values are kept as a
+    codebook and codes, zeros by their places, floats by their bytes' places, each entropy coded, whatever is least.
+    With `ranges` the weight of each named layer is kept as the codes and scales it was trained on, and comes back
+    rounded as `fake_quantized` rounds it.
+
+    Args:
+        module: a module, or a state dict; any dtype of safetensors. Tied weights are kept once.
+        path: the file to write; missing folders are made. It appears when it is whole.
+        ranges: name of a layer -> its range, from `QuantizationAwareTraining.ranges()`; ranges of outputs and inputs
+            are not kept, they belong to whoever runs the model.
+        signed_zeros: keep -0.0 too.
+
+    Raises:
+        ImportError: a package of the `packed` extra is missing.
+        TypeError: ranges with a state dict; they need the module.
+        ValueError: a dtype that no file holds, a tensor on the meta device or sharded.
+        AttributeError: a range names no layer of the module.
+    """
+    return pack_levels([module], path, [ranges], signed_zeros)
+
+
+def pack_levels(
+    modules: Sequence[Model],
+    path: str | Path,
+    ranges: Sequence[Ranges | None] | None = None,
+    signed_zeros: bool = False,
+) -> Path:
+    """Write versions of one model into one file, the coarsest first, each as what the one before lacks.
+
+    Runs after training. `unpack(path, level=0)` gives the first. 95 % zeros within 80 % cost the weights that 80 % has
+    more, 4 bits within 8 the rest of each code; versions that have little in common cost what they cost alone.
+
+    Args:
+        modules: of one architecture: the same keys, shapes and dtypes.
+        path: as of `pack`.
+        ranges: one for each version, or None; as of `pack`.
+        signed_zeros: as of `pack`.
+
+    Raises:
+        ValueError: no versions, too many, other numbers of ranges, keys, shapes or dtypes; and as of `pack`.
+        ImportError, TypeError, AttributeError: as of `pack`.
+    """
+    given = [None] * len(modules) if ranges is None else list(ranges)
+    if len(given) != len(modules) or not 1 <= len(modules) <= MOST_LEVELS:
+        raise ValueError(
+            f"expected 1 to {MOST_LEVELS} versions and as many ranges, got {len(modules)} and {len(given)}"
+        )
+    versions = [_versions(module, own, signed_zeros) for module, own in zip(modules, given, strict=True)]
+    _check_alike(versions)
+    same = _ties(modules)
+    with tempfile.TemporaryFile() as tensors, written_at_the_end(Path(path)) as unfinished:
+        names = [name for name in versions[0] if name not in same]
+        entries = [_written(name, [version[name] for version in versions], tensors) for name in names]
+        with unfinished.open("wb") as file:
+            write_head(file, Directory(tuple(entries), same))
+            tensors.seek(0)
+            shutil.copyfileobj(tensors, file)
+    return Path(path)
+
+
+def _state(module: Model) -> dict[str, Tensor]:
+    return dict(module.state_dict() if isinstance(module, nn.Module) else module)
+
+
+def _versions(module: Model, ranges: Ranges | None, signed_zeros: bool) -> dict[str, Version]:
+    """Each tensor as it is to come back, with its codes; nothing is copied that is not rounded."""
+    if ranges and not isinstance(module, nn.Module):
+        raise TypeError("ranges are of a module's layers, got a state dict beside them; give the module")
+    state = _state(module)
+    for name, tensor in state.items():
+        _check(name, tensor)
+    grids = rounded_weights(module, ranges) if ranges and isinstance(module, nn.Module) else {}
+    versions = {name: grids.get(name, (tensor, None)) for name, tensor in state.items()}
+    if signed_zeros:
+        return versions
+    return {name: (_without_signs(tensor), codes) for name, (tensor, codes) in versions.items()}
+
+
+def _check(name: str, tensor: Tensor) -> None:
+    if tensor.is_meta or is_distributed(tensor):
+        kind = "on the meta device, without values" if tensor.is_meta else "sharded among processes"
+        raise ValueError(f"expected tensors that are whole and here, but '{name}' is {kind}; gather the weights first")
+    if tensor.dtype not in _NAMES or tensor.layout is not torch.strided:
+        raise ValueError(
+            f"no file holds {tensor.layout} {tensor.dtype}, as '{name}' is; expected one of {list(DTYPES)}"
+        )
+
+
+def _check_alike(versions: Sequence[Mapping[str, Version]]) -> None:
+    for level, version in enumerate(versions[1:], 1):
+        for name in [*versions[0], *version]:
+            first, own = (None if name not in of else (tuple(of[name][0].shape), of[name][0].dtype) for of in
+                          (versions[0], version))  # fmt: skip
+            if first != own:
+                raise ValueError(
+                    f"versions of one model have the same tensors, but '{name}' is {first} in the first and {own} in "
+                    f"version {level}"
+                )
+
+
+def _ties(modules: Sequence[Model]) -> dict[str, str]:
+    """Keys whose tensor is another key's in every version."""
+    found: list[dict[str, str]] = []
+    for module in modules:
+        first: dict[object, str] = {}
+        holders = {name: first.setdefault(_place(tensor), name) for name, tensor in _state(module).items()}
+        found.append({name: holder for name, holder in holders.items() if name != holder})
+    return {n: holder for n, holder in found[0].items() if all(other.get(n) == holder for other in found)}
+
+
+def _place(tensor: Tensor) -> object:
+    """What two keys of one tensor have in common; nothing but itself where there is no memory."""
+    if not tensor.numel():
+        return object()
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _without_signs(tensor: Tensor) -> Tensor:
+    """The tensor with 0.0 for -0.0, every NaN as it is; itself if it has none."""
+    if not tensor.is_floating_point() or not bool((tensor.signbit() & (tensor == 0)).any()):
+        return tensor
+    return torch.where(tensor == 0, torch.zeros_like(tensor), tensor)
+
+
+def _written(name: str, versions: Sequence[Version], file: BinaryIO) -> Entry:
+    """Write all versions of one tensor, one after the other."""
+    sizes, before = [], None
+    for version in versions:
+        data = pack_tensor(*version, before)
+        file.write(data)
+        sizes.append(len(data))
+        before = version
+    tensor = versions[0][0]
+    crcs = tuple(checksum(own) for own, _ in versions)
+    return Entry(name, _NAMES[tensor.dtype], tuple(tensor.shape), tuple(sizes), crcs)
