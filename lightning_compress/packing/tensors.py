@@ -18,8 +18,8 @@ from lightning_compress.packing.symbols import ALPHABET
 from lightning_compress.packing.values import WAYS, codebook_of, pack_values, unpack_values
 
 __all__ = [
-    "DTYPES", "Codes", "Version", "bits_of", "checksum", "known_of", "pack_tensor", "tensor_bytes", "unpack_tensor",
-    "way_of",
+    "DTYPES", "Codes", "Version", "bits_of", "checksum", "known_of", "pack_tensor", "tensor_bytes", "tensor_of",
+    "unpack_tensor", "way_of",
 ]  # fmt: skip
 
 DTYPES = {  # as safetensors names them
@@ -70,6 +70,22 @@ def bits_of(tensor: Tensor) -> npt.NDArray[np.unsignedinteger]:
     width = flat.element_size()
     found: npt.NDArray[np.unsignedinteger] = flat.view(_SAME_WIDTH[width]).numpy().view(_UNSIGNED[width])
     return found
+
+
+def tensor_of(bits: npt.NDArray[np.unsignedinteger], dtype: str) -> Tensor:
+    """Return the elements of some bits, (n,), sharing their memory.
+
+    Raises:
+        PackedFileError: bits of True and False that are neither.
+
+    >>> tensor_of(np.array([0x3F800000], np.uint32), "F32")
+    tensor([1.])
+    """
+    width = DTYPES[dtype].itemsize
+    signed = bits.view(np.uint8 if width == 1 else f"i{width}")
+    if dtype == "BOOL" and len(bits) and int(bits.max()) > 1:
+        raise PackedFileError("expected 0 and 1 for True and False, got more")
+    return torch.from_numpy(signed).view(DTYPES[dtype])
 
 
 def checksum(tensor: Tensor) -> int:
@@ -139,13 +155,13 @@ def unpack_tensor(
     known = known_of(*coarser) if coarser is not None and kind in (BITS_GIVEN, GRID_GIVEN) else None
     codes = None
     if kind == BITS:
-        tensor = _tensor(unpack_values(stream, count, _UNSIGNED[width]), dtype)
+        tensor = tensor_of(unpack_values(stream, count, _UNSIGNED[width]), dtype)
     elif kind == BITS_GIVEN and known is not None:
         book = np.frombuffer(stream.take(stream.varint(ALPHABET) * width), np.dtype(_UNSIGNED[width]).newbyteorder("<"))
         own = unpack_given(stream, known)
         if int(own.max(initial=0)) >= len(book):
             raise PackedFileError(f"expected codes of {len(book)} values, got higher ones")
-        tensor = _tensor(book.astype(_UNSIGNED[width])[own], dtype)
+        tensor = tensor_of(book.astype(_UNSIGNED[width])[own], dtype)
     elif kind == GRID or (kind == GRID_GIVEN and known is not None):
         codes = _codes(stream, count, shape, known)
         tensor = codes.product().to(DTYPES[dtype])
@@ -163,14 +179,6 @@ def way_of(data: bytes | memoryview) -> str:
     if kind == BITS:
         return WAYS[stream.varint(len(WAYS) - 1)]
     return {GRID: "codes and scales", SAME: "as in the level before"}.get(kind, "what the level before lacks")
-
-
-def _tensor(bits: npt.NDArray[np.unsignedinteger], dtype: str) -> Tensor:
-    width = DTYPES[dtype].itemsize
-    signed = bits.view(np.uint8 if width == 1 else f"i{width}")
-    if dtype == "BOOL" and len(bits) and int(bits.max()) > 1:
-        raise PackedFileError("expected 0 and 1 for True and False, got more")
-    return torch.from_numpy(signed).view(DTYPES[dtype])
 
 
 def _codes(stream: Stream, count: int, shape: Sequence[int], known: Known | None) -> Codes:

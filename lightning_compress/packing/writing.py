@@ -8,13 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lightning_compress.export.replacing import written_at_the_end
 from lightning_compress.packing.grids import rounded_weights
 from lightning_compress.packing.layout import MOST_LEVELS, Directory, Entry, write_head
-from lightning_compress.packing.tensors import DTYPES, Version, checksum, pack_tensor
+from lightning_compress.packing.tensors import DTYPES, Version, bits_of, checksum, pack_tensor, tensor_of
 from lightning_compress.quantization.outputs import Ranges
 from lightning_compress.sharding import is_distributed
 
@@ -152,9 +153,13 @@ def _place(tensor: Tensor) -> object:
 
 def _without_signs(tensor: Tensor) -> Tensor:
     """The tensor with 0.0 for -0.0, every NaN as it is; itself if it has none."""
-    if not tensor.is_floating_point() or not bool((tensor.signbit() & (tensor == 0)).any()):
+    if not tensor.is_floating_point():
         return tensor
-    return torch.where(tensor == 0, torch.zeros_like(tensor), tensor)
+    bits = bits_of(tensor)
+    negative = bits == 1 << (8 * tensor.element_size() - 1)  # the sign bit alone
+    if not negative.any():
+        return tensor
+    return tensor_of(np.where(negative, bits.dtype.type(0), bits), _NAMES[tensor.dtype]).reshape(tensor.shape)
 
 
 def _written(name: str, versions: Sequence[Version], file: BinaryIO) -> Entry:

@@ -49,9 +49,7 @@ def test_95_percent_within_80_within_50(tmp_path):
     for number, level in enumerate(levels):
         assert torch.equal(unpack(path, number)["w"], level["w"])
     assert torch.equal(unpack(path)["w"], levels[-1]["w"])
-    assert (
-        path.stat().st_size < 1.07 * alone[-1] < 0.7 * sum(alone)
-    )
+    assert path.stat().st_size < 1.07 * alone[-1] < 0.7 * sum(alone)
     assert packed_tensors(path, 2)[0].way == "what the level before lacks"
     assert packed_tensors(path, 0)[0].size_bytes < 0.2 * packed_tensors(path, 2)[0].size_bytes
 

@@ -146,6 +146,14 @@ def test_the_sign_of_zeros_is_dropped_unless_asked_for(tmp_path):
     assert signed.stat().st_size - plain.stat().st_size > 0.85 * weight.numel() / 8
 
 
+@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES.values() if dtype.is_floating_point], ids=str)
+def test_zeros_lose_their_sign_in_every_floating_dtype_and_nans_keep_their_bits(dtype, tmp_path):
+    values = torch.tensor([0.0, -0.0, 1.5, -1.5, float("nan")], dtype=torch.float64).to(dtype)
+    found = unpack(pack({"w": values.expand(2, 5).t()}, tmp_path / "a"))["w"]
+    same_bits(found[2:], values[2:, None].expand(3, 2).contiguous())
+    assert not bits_of(found[:2]).any()
+
+
 class Nets(nn.Module):
     """Each kind of layer that grids round."""
 
