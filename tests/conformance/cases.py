@@ -31,6 +31,7 @@ from lightning_compress import (
     callbacks,
     fake_quantized,
 )
+from lightning_compress.distillation.details import Details as Teaching
 from lightning_compress.distillation.features import feature_mse
 from lightning_compress.distillation.own_teachers import MeanTeacher
 from lightning_compress.distillation.terms import LayerTerm
@@ -332,6 +333,23 @@ def projections(run: Run) -> dict[str, Tensor]:
     return {f"{name} {key}": value for name, own in state.items() for key, value in own["module"].items()}
 
 
+# Distillation whose terms are weighed by their gradients, and from a teacher of int8 weights
+
+
+def weighed_by_gradients(module: L.LightningModule) -> list[L.Callback]:
+    return distillation(module, details=Teaching(balanced="gradient"))
+
+
+def taught_by_integers(module: L.LightningModule) -> list[L.Callback]:
+    return distillation(module, details=Teaching(precision="int8"))
+
+
+def sizes_of_terms(run: Run) -> dict[str, Tensor]:
+    sizes = run.of(Distillation).state_dict()["sizes"]
+    assert sizes
+    return {str(name): torch.as_tensor(value) for name, value in sizes.items()}
+
+
 # Distillation from the student's own average
 
 
@@ -500,6 +518,27 @@ ROWS: tuple[Row, ...] = (
             "NaN weights are named": "it takes no decision from weights; the loss is NaN, as without it",
             "checkpoints are plain": "it holds projections and their Adam: tests/callbacks/test_distillation_layers.py",
         },
+    ),
+    Row(
+        "distillation-gradient",
+        Distillation,
+        make=weighed_by_gradients,
+        default=weighed_by_gradients,
+        off=(lambda module: distillation(module, details=Teaching(balanced="gradient"), enabled=False),),
+        acted=taught,
+        memory=sizes_of_terms,
+        logs=frozenset({"compress/loss/task", "compress/loss/kd"}),
+        excused={"NaN weights are named": "it takes no decision from weights; the loss is NaN, as without it"},
+    ),
+    Row(
+        "distillation-int8",
+        Distillation,
+        make=taught_by_integers,
+        default=taught_by_integers,
+        off=(lambda module: distillation(module, details=Teaching(precision="int8"), enabled=False),),
+        acted=taught,
+        logs=frozenset({"compress/loss/task", "compress/loss/kd"}),
+        excused={"NaN weights are named": "it takes no decision from weights; the loss is NaN, as without it"},
     ),
     Row(
         "mean-teacher",
