@@ -2,6 +2,12 @@
 
 from torch import Tensor, nn
 
+__all__ = [
+    "LowRankLinear",
+    "factored",
+    "merged",
+]
+
 
 class LowRankLinear(nn.Module):
     """``up(down(x))`` in place of a Linear: weight = up.weight @ down.weight, the bias on ``up``."""

@@ -3,6 +3,14 @@
 import torch
 from torch import Tensor
 
+__all__ = [
+    "activation_weighted_svd",
+    "fisher_weighted_svd",
+    "rank_for_energy",
+    "rank_that_saves",
+    "truncated_svd",
+]
+
 
 def truncated_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The closest product of rank ``rank`` in Frobenius norm, as (left, right) with weight ~ left @ right.
