@@ -79,7 +79,8 @@ def rank_for_energy(weight: Tensor, energy: float) -> int:
     if not 0 < energy <= 1:
         raise ValueError(f"expected an energy in (0, 1], got {energy}")
     kept = torch.linalg.svdvals(weight.double()).square().cumsum(0)
-    return min(int((kept < energy * kept[-1]).sum()) + 1, kept.numel())
+    below = int((kept < energy * kept[-1]).sum())
+    return min(below + 1, min(weight.shape))
 
 
 def rank_that_saves(outputs: int, inputs: int) -> int:
