@@ -1,0 +1,1 @@
+"""Low rank: a weight as the product of two smaller ones."""
