@@ -1,5 +1,7 @@
 """A Linear as two smaller Linears, and back."""
 
+from __future__ import annotations
+
 from torch import Tensor, nn
 
 __all__ = [

@@ -1,5 +1,7 @@
 """Truncated singular value decompositions of a matrix: plain, activation-weighted, Fisher-weighted."""
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,7 @@ __all__ = [
     "rank_for_energy",
     "rank_that_saves",
     "truncated_svd",
+    "whitened",
 ]
 
 
@@ -43,14 +46,28 @@ def activation_weighted_svd(weight: Tensor, moment: Tensor, rank: int) -> tuple[
         raise ValueError(f"expected a moment of shape {(inputs, inputs)}, got {tuple(moment.shape)}")
     if not moment.isfinite().all():
         raise ValueError("expected a finite moment, got NaN or infinity: look at the calibration batches")
-    powers, directions = torch.linalg.eigh(moment.double())
-    floor = powers[-1].clamp(min=0) * inputs * torch.finfo(torch.float64).eps
-    root = torch.where(powers > floor, powers, 0.0).sqrt()
+    root, directions = _root(moment)
     inverse = torch.where(root > 0, 1 / root, 0.0)
-    scaled = weight.double() @ (directions * root) @ directions.T
-    left, right = truncated_svd(scaled, rank)
+    left, right = truncated_svd(whitened(weight, moment), rank)
     unscaled = right @ (directions * inverse) @ directions.T
     return left.to(weight.dtype), unscaled.to(weight.dtype)
+
+
+def whitened(weight: Tensor, moment: Tensor) -> Tensor:
+    """The weight times the symmetric root of its inputs' second moment, float64: its squares are those of outputs.
+
+    >>> whitened(torch.tensor([[1.0, 1.0]]), torch.diag(torch.tensor([4.0, 0.0])))
+    tensor([[2., 0.]], dtype=torch.float64)
+    """
+    root, directions = _root(moment)
+    return weight.double() @ (directions * root) @ directions.T
+
+
+def _root(moment: Tensor) -> tuple[Tensor, Tensor]:
+    """Roots of the eigenvalues, 0 for those below what rounding leaves, and the eigenvectors."""
+    powers, directions = torch.linalg.eigh(moment.double())
+    floor = powers[-1].clamp(min=0) * len(moment) * torch.finfo(torch.float64).eps
+    return torch.where(powers > floor, powers, 0.0).sqrt(), directions
 
 
 def fisher_weighted_svd(weight: Tensor, fisher: Tensor, rank: int) -> tuple[Tensor, Tensor]:
