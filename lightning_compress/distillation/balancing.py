@@ -49,7 +49,7 @@ def gradient_norm(loss: Tensor, places: Sequence[Tensor]) -> Tensor:
 class RunningSizes:
     """Running means of the terms' magnitudes, or of their gradients': what `balanced` scales by.
 
-    Over processes they are means too, by one reduction of a few numbers, so that every process scales alike.
+    Over processes they are those of the whole batch, by one reduction of a few numbers: every process scales alike.
     """
 
     def __init__(self) -> None:
@@ -88,7 +88,7 @@ class RunningSizes:
                 continue  # nothing that learns
             norms[name] = gradient_norm(terms[name], read)
             norms[_at(name)] = self._of_task(task, name, read)
-        self._follow(norms, zeros=False)
+        self._follow(norms, zeros=False, power=2)
         return {name: value * self._ratio(name) for name, value in terms.items()}
 
     def _ratio(self, name: str) -> float:
@@ -105,11 +105,13 @@ class RunningSizes:
             )
         return norm
 
-    def _follow(self, values: Mapping[str, Tensor], zeros: bool = True) -> None:
+    def _follow(self, values: Mapping[str, Tensor], zeros: bool = True, power: int = 1) -> None:
         if not values:
             return
+        # Squares, because the norm over the examples of all processes, each with its share of the mean, adds up so.
         stacked = torch.stack([value.float() for value in values.values()])
-        now = (all_reduce_sum(stacked) / world_size()).tolist() if world_size() > 1 else stacked.tolist()
+        whole = all_reduce_sum(stacked**power) ** (1 / power) / world_size() if world_size() > 1 else stacked
+        now = whole.tolist()
         for name, value in zip(values, now, strict=True):
             if value == 0.0 and not zeros:
                 continue
