@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -164,3 +165,7 @@ def _settle(history: History, run: Run, recipe: Recipe, identity: int, worker: W
         raise
     else:
         history.end(identity, "complete", result)
+    finally:
+        # A Trainer and its loops hold each other, and the collector doesn't know how large their model is: twenty
+        # fine-tunes of a MiniLM would hold 8 GB.
+        gc.collect()

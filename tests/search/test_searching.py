@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -222,3 +224,28 @@ def test_a_number_of_trials_that_is_none(trials):
 def test_a_first_recipe_that_is_not_of_the_space():
     with pytest.raises(ValueError, match="'bits' has"):
         search(toy, SPACE, OBJECTIVE, worker=Worker(start=[{"sparsity": 0.5, "bits": 7}]))
+
+
+class Ring:
+    """What a Trainer and its loops are: objects that hold each other, which only the garbage collector frees."""
+
+    def __init__(self):
+        self.itself = self
+
+
+def test_what_a_trial_made_is_freed_before_the_next_one():
+    alive = []
+
+    def run(recipe, report):
+        assert [made() for made in alive] == [None] * len(alive)
+        alive.append(weakref.ref(Ring()))
+        if len(alive) == 2:
+            raise ValueError("a trial that fails is cleared away too")
+        return toy(recipe, report)
+
+    gc.disable()  # it would run in its own time, which a model of 100 MB does not hurry
+    try:
+        search(run, SPACE, OBJECTIVE, strategies.random, 4)
+    finally:
+        gc.enable()
+    assert len(alive) == 4
