@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_compress.export.replacing import written_at_the_end
 from lightning_compress.packing.grids import rounded_weights
 from lightning_compress.packing.layout import MOST_LEVELS, Directory, Entry, write_head
-from lightning_compress.packing.tensors import DTYPES, Version, bits_of, checksum, pack_tensor, tensor_of
+from lightning_compress.packing.tensors import DTYPES, Version, bits_of, checksum, pack_tensor, tensor_of, ties_of
 from lightning_compress.quantization.outputs import Ranges
 from lightning_compress.sharding import is_distributed
 
@@ -83,7 +83,7 @@ def pack_levels(
         )
     versions = [_versions(module, own, signed_zeros) for module, own in zip(modules, given, strict=True)]
     _check_alike(versions)
-    same = _ties(modules)
+    same = _ties(modules, versions)
     with tempfile.TemporaryFile() as tensors, written_at_the_end(Path(path)) as unfinished:
         names = [name for name in versions[0] if name not in same]
         entries = [_written(name, [version[name] for version in versions], tensors) for name in names]
@@ -134,21 +134,15 @@ def _check_alike(versions: Sequence[Mapping[str, Version]]) -> None:
                 )
 
 
-def _ties(modules: Sequence[Model]) -> dict[str, str]:
-    """Keys whose tensor is another key's in every version."""
-    found: list[dict[str, str]] = []
-    for module in modules:
-        first: dict[object, str] = {}
-        holders = {name: first.setdefault(_place(tensor), name) for name, tensor in _state(module).items()}
-        found.append({name: holder for name, holder in holders.items() if name != holder})
-    return {n: holder for n, holder in found[0].items() if all(other.get(n) == holder for other in found)}
-
-
-def _place(tensor: Tensor) -> object:
-    """What two keys of one tensor have in common; nothing but itself where there is no memory."""
-    if not tensor.numel():
-        return object()
-    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+def _ties(modules: Sequence[Model], versions: Sequence[Mapping[str, Version]]) -> dict[str, str]:
+    """Keys whose tensor is another key's in every version: one of them alone may be rounded, which parts them."""
+    found = [ties_of(_state(module)) for module in modules]
+    return {
+        name: holder
+        for name, holder in found[0].items()
+        if all(other.get(name) == holder for other in found)
+        and all(np.array_equal(bits_of(own[name][0]), bits_of(own[holder][0])) for own in versions)
+    }
 
 
 def _without_signs(tensor: Tensor) -> Tensor:
