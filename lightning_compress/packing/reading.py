@@ -75,7 +75,7 @@ def load_packed(module: nn.Module, path: str | Path, level: int | None = None) -
         CompressError: the file is of another architecture; named is the first key or shape that differs. Or weights
             that are tied in the module differ in it. Or one of `PackedFileError`, which is one.
     """
-    own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    own = {name: tuple(getattr(tensor, "shape", ())) for name, tensor in module.state_dict().items()}
     with open_packed(path) as (directory, _):
         shapes = {entry.name: entry.shape for entry in directory.entries}
     shapes |= {name: shapes[holder] for name, holder in directory.same.items()}
@@ -95,8 +95,8 @@ def _check_ties(module: nn.Module, state: Mapping[str, Tensor], path: str | Path
     for name, holder in ties_of(module.state_dict()).items():
         if not np.array_equal(bits_of(state[name]), bits_of(state[holder])):
             raise CompressError(
-                f"'{name}' and '{holder}' are one tensor in this {type(module).__name__}, and differ in {path}, as when "
-                "only one of their layers was rounded; untie them before loading, by giving one a Parameter of its own"
+                f"'{name}' and '{holder}' are one tensor in this {type(module).__name__}, and differ in {path}, as "
+                "when only one of their layers was rounded; untie them before loading: give one a Parameter of its own"
             )
 
 

@@ -66,7 +66,9 @@ def bits_of(tensor: Tensor) -> npt.NDArray[np.unsignedinteger]:
     >>> bits_of(torch.tensor([1.0, -0.0]))
     array([1065353216, 2147483648], dtype=uint32)
     """
-    flat = tensor.detach().cpu().resolve_conj().resolve_neg().reshape(-1)
+    flat = (
+        tensor.detach().cpu().resolve_conj().resolve_neg().reshape(-1).contiguous()
+    )  # expanded ones have a stride of 0
     width = flat.element_size()
     found: npt.NDArray[np.unsignedinteger] = flat.view(_SAME_WIDTH[width]).numpy().view(_UNSIGNED[width])
     return found
