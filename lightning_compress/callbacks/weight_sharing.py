@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import lightning.pytorch as L
@@ -65,7 +65,7 @@ class WeightSharing(L.Callback):
         self,
         entries: int | Mapping[str, int] = 16,
         at: Moment = 0.8,
-        start: Any = linear,
+        start: Callable[..., Tensor] = linear,
         include: list[str | type] | None = None,
         exclude: list[str | type] | None = None,
         enabled: bool = True,
@@ -80,12 +80,18 @@ class WeightSharing(L.Callback):
         self.include, self.exclude = patterns_or_none(include), patterns_or_none(exclude)
         self.enabled = enabled
         self.clock, self.at_step, self._length = Clock(), 0, 0
-        self.weights: dict[str, nn.Parameter] = {}
         self.codes: dict[str, Codes] = {}
+        self._layers: dict[str, nn.Module] = {}
         self._wanted: dict[str, int] = {}
         self._gradients_are_read = True
         self._restored: dict[str, Any] | None = None
         self._unlogged: dict[str, float] = {}
+
+    @property
+    def weights(self) -> dict[str, nn.Parameter]:
+        """The selected weights by clean name, as they are now; empty outside a fit."""
+        # Asked of the layers, for StructuredPruning puts smaller parameters into them.
+        return {name: dict(layer.named_parameters(recurse=False))["weight"] for name, layer in self._layers.items()}
 
     @property
     def complete(self) -> bool:
@@ -94,13 +100,14 @@ class WeightSharing(L.Callback):
 
     @property
     def books(self) -> dict[str, Tensor]:
-        """The values of each weight by its clean name, (entries,), zero first; empty before step `at`."""
+        """The values of each weight by its clean name, (entries,), zero first; empty outside a fit and before `at`."""
+        weights = self.weights
         return {
             name: torch.zeros(len(codes.counts), dtype=weight.dtype, device=weight.device).index_copy(
                 0, codes.entry.flatten().long(), weight.detach().flatten()
             )
             for name, codes in self.codes.items()
-            if (weight := self.weights.get(name)) is not None
+            if (weight := weights.get(name)) is not None
         }
 
     def claims(self) -> list[Claim]:
@@ -116,7 +123,7 @@ class WeightSharing(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit" or not takes_part(self, trainer, pl_module, stage):
             return
-        self.weights, self._restored = {}, None
+        self._layers, self._restored = {}, None
         if trainer.global_step == 0:  # a fresh run with the same callback object
             self.clock.reset()
             self.codes = {}
@@ -126,9 +133,9 @@ class WeightSharing(L.Callback):
     def _prepare(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._length = run_length(trainer, (self.at,))
         self.at_step = resolve_moment(self.at, self._length, "at")
-        self.weights = select_weights(pl_module, SHAREABLE, self.include, self.exclude)
-        layers = layers_of(pl_module, self.weights)
-        self._wanted = {name: entries_of(name, layer, self.entries) for name, layer in layers.items()}
+        weights = select_weights(pl_module, SHAREABLE, self.include, self.exclude)
+        self._layers = layers_of(pl_module, weights)
+        self._wanted = {name: entries_of(name, layer, self.entries) for name, layer in self._layers.items()}
         check_together(trainer.callbacks)  # type: ignore[attr-defined]
 
     def step_of(self, moment: Moment) -> int:
@@ -167,7 +174,7 @@ class WeightSharing(L.Callback):
 
     def _release(self) -> None:
         self.clock.detach()
-        self.weights = {}
+        self._layers = {}
 
     # Sharing
 
@@ -183,20 +190,20 @@ class WeightSharing(L.Callback):
     def _share_if_due(self, trainer: L.Trainer) -> None:
         if not self.enabled or self.codes or self.clock.steps < self.at_step:
             return
-        step = self.clock.steps
-        for name, weight in self.weights.items():
+        step, weights = self.clock.steps, self.weights
+        for name, weight in weights.items():
             if not bool(torch.isfinite(weight).all()):
                 raise CompressError(
                     f"NaN or infinite weights of '{name}' at optimizer step {step}; nothing is shared. Lower the "
                     f"learning rate or clip gradients, and resume from the last checkpoint"
                 )
-        before = {name: weight.detach().clone() for name, weight in self.weights.items()}
-        self.codes = {n: found_codes(weight, self._wanted[n], self.start) for n, weight in self.weights.items()}
+        before = {name: weight.detach().clone() for name, weight in weights.items()}
+        self.codes = {name: found_codes(each, self._wanted[name], self.start) for name, each in weights.items()}
         check_same({name: codes.entry for name, codes in self.codes.items()}, "codes", step)
-        for held in (self.weights, *averaged_models(trainer)):
+        for held in (weights, *averaged_models(trainer)):
             self._average(held)
         self._average_moments(trainer.optimizers)
-        self._unlogged = {"compress/sharing_error": _relative_error(self.weights, before)}
+        self._unlogged = {"compress/sharing_error": _relative_error(weights, before)}
 
     def _average(self, weights: Mapping[str, nn.Parameter]) -> None:
         for name, codes in self.codes.items():
@@ -205,38 +212,39 @@ class WeightSharing(L.Callback):
 
     def _average_moments(self, optimizers: Iterable[Any]) -> None:
         # Members that share a value, a gradient and their moments are moved alike, to rounding.
+        weights = self.weights
         for optimizer in optimizers:
             raw = getattr(optimizer, "optimizer", optimizer)
             if isinstance(raw, LBFGS):  # its curvature pairs belong to weights that each went their own way
                 raw.state.clear()
             for name, codes in self.codes.items():
-                for value in raw.state.get(self.weights[name], {}).values():
+                for value in raw.state.get(weights[name], {}).values():
                     if isinstance(value, Tensor) and value.shape == codes.entry.shape:
                         codes.average(value, zeros=False)
 
     def _after_step(self, optimizer: Optimizer, time_moved: bool) -> None:
-        self._average({name: self.weights[name] for name in self._moved_by(optimizer)})
+        self._average(self._moved_by(optimizer))
 
-    def _moved_by(self, optimizer: Optimizer) -> list[str]:
+    def _moved_by(self, optimizer: Optimizer) -> dict[str, nn.Parameter]:
         ids = {id(parameter) for parameter in moved_by(optimizer)}
-        return [name for name in self.codes if name in self.weights and id(self.weights[name]) in ids]
+        return {name: weight for name, weight in self.weights.items() if name in self.codes and id(weight) in ids}
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        if self.enabled and pl_module.automatic_optimization:
+        if self.codes and pl_module.automatic_optimization:
             # Zero second moments make Adam's square root slow: zeros keep a gradient that nobody reads.
             pinned = self._gradients_are_read or type(optimizer) not in ELEMENTWISE
             self._average_gradients(self._moved_by(optimizer), zeros=pinned)
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # Where no hook may follow: manual optimization, and LBFGS, which asks several times.
-        if not pl_module.automatic_optimization or any(isinstance(each, LBFGS) for each in trainer.optimizers):
-            self._average_gradients(self.codes, zeros=True)
+        manual = not pl_module.automatic_optimization
+        if self.codes and (manual or any(isinstance(each, LBFGS) for each in trainer.optimizers)):
+            self._average_gradients(self.weights, zeros=True)
 
-    def _average_gradients(self, names: Iterable[str], zeros: bool) -> None:
-        for name in names:
-            gradient = self.weights[name].grad
-            if gradient is not None:
-                self.codes[name].average(gradient, zeros)
+    def _average_gradients(self, weights: Mapping[str, nn.Parameter], zeros: bool) -> None:
+        for name, weight in weights.items():
+            if weight.grad is not None:
+                self.codes[name].average(weight.grad, zeros)
 
     # Checkpoints
 
