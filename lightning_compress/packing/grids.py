@@ -35,8 +35,15 @@ def rounded_weights(module: nn.Module, ranges: Ranges) -> dict[str, tuple[Tensor
         owner = module.get_submodule(name.rpartition(".")[0])
         groups = owner.groups if isinstance(owner, TRANSPOSED) else 0
         weight = module.get_parameter(name).detach().cpu()
-        found[name] = _rounded(weight, trained, groups)
+        rounded = _rounded(weight, trained, groups)
+        found |= dict.fromkeys(_keys(module, owner, name.rpartition(".")[2]), rounded)
     return found
+
+
+def _keys(module: nn.Module, owner: nn.Module, own: str) -> list[str]:
+    """Every key of a weight whose layer stands in several places: they are rounded together."""
+    places = (name for name, layer in module.named_modules(remove_duplicate=False) if layer is owner)
+    return [f"{name}.{own}" if name else own for name in places]
 
 
 def _rounded(weight: Tensor, trained: Range, groups: int) -> tuple[Tensor, Codes | None]:

@@ -19,8 +19,11 @@ __all__ = ["Directory", "Entry", "open_packed", "write_head"]
 
 MAGIC, VERSION = b"LCPK", 1
 HEAD = struct.Struct("<4sBII")  # magic, version, bytes of the directory, their CRC-32
-LARGEST_DIRECTORY = 1 << 28
+LARGEST_DIRECTORY = (
+    1 << 24
+)  # bytes of its text, which may take 25 times that in memory; enough for 100 thousand tensors
 MOST_DIMENSIONS, MOST_LEVELS = 64, 64
+LARGEST_DIMENSION = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -66,10 +69,19 @@ class Directory:
 
 
 def write_head(file: BinaryIO, directory: Directory) -> None:
-    """Write all that stands before the tensors' bytes."""
+    """Write all that stands before the tensors' bytes.
+
+    Raises:
+        ValueError: it is larger than `open_packed` reads.
+    """
     rows = [[e.name, e.dtype, e.shape, e.sizes, e.crcs] for e in directory.entries]
-    text = json.dumps([rows, directory.same], separators=(",", ":"), ensure_ascii=False)
-    kept = zlib.compress(text.encode("utf-8"), 9)
+    text = json.dumps([rows, directory.same], separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    if len(text) > LARGEST_DIRECTORY:
+        raise ValueError(
+            f"the names, shapes and checksums of {len(rows)} tensors take {len(text)} bytes, and a packed file has "
+            f"{LARGEST_DIRECTORY} for them; write parts of the model to files of their own"
+        )
+    kept = zlib.compress(text, 9)
     file.write(HEAD.pack(MAGIC, VERSION, len(kept), zlib.crc32(kept)))
     file.write(kept)
 
@@ -130,7 +142,10 @@ def _checked(entry: Entry) -> Entry:
         raise ValueError(f"no such levels: {entry}")
     if not isinstance(entry.name, str) or entry.dtype not in DTYPES or len(entry.shape) > MOST_DIMENSIONS:
         raise ValueError(f"no such tensor: {entry}")
-    if any(type(number) is not int or number < 0 for number in whole) or math.prod(entry.shape) >= 2**48:
+    if (
+        any(type(number) is not int or not 0 <= number <= LARGEST_DIMENSION for number in whole)
+        or math.prod(entry.shape) >= 2**48
+    ):
         raise ValueError(f"sizes that cannot be: {entry}")
     return entry
 

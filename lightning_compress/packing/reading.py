@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 from torch import Tensor, nn
 
 from lightning_compress.errors import CompressError
 from lightning_compress.measure.entropy import entropy_bound_bytes
 from lightning_compress.packing.layout import Directory, Entry, open_packed
 from lightning_compress.packing.stream import PackedFileError
-from lightning_compress.packing.tensors import Version, checksum, unpack_tensor, way_of
+from lightning_compress.packing.tensors import Version, bits_of, checksum, ties_of, unpack_tensor, way_of
 
 __all__ = ["PackedTensor", "load_packed", "packed_tensors", "unpack", "unpacked"]
 
@@ -71,10 +72,10 @@ def load_packed(module: nn.Module, path: str | Path, level: int | None = None) -
     Raises:
         FileNotFoundError: nothing is at `path`.
         ValueError: the file has no such level.
-        CompressError: the file is of another architecture; named is the first key or shape that differs. Or one of
-            `PackedFileError`, which is one.
+        CompressError: the file is of another architecture; named is the first key or shape that differs. Or weights
+            that are tied in the module differ in it. Or one of `PackedFileError`, which is one.
     """
-    own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    own = {name: tuple(getattr(tensor, "shape", ())) for name, tensor in module.state_dict().items()}
     with open_packed(path) as (directory, _):
         shapes = {entry.name: entry.shape for entry in directory.entries}
     shapes |= {name: shapes[holder] for name, holder in directory.same.items()}
@@ -84,8 +85,19 @@ def load_packed(module: nn.Module, path: str | Path, level: int | None = None) -
                 f"{path} is of another model than this {type(module).__name__}: '{name}' is {_said(shapes.get(name))} "
                 f"in the file and {_said(own.get(name))} in the module"
             )
-    module.load_state_dict(unpack(path, level, directory.claimed_bytes))
+    state = unpack(path, level, directory.claimed_bytes)
+    _check_ties(module, state, path)
+    module.load_state_dict(state)
     return module
+
+
+def _check_ties(module: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
+    for name, holder in ties_of(module.state_dict()).items():
+        if not np.array_equal(bits_of(state[name]), bits_of(state[holder])):
+            raise CompressError(
+                f"'{name}' and '{holder}' are one tensor in this {type(module).__name__}, and differ in {path}, as "
+                "when only one of their layers was rounded; untie them before loading: give one a Parameter of its own"
+            )
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +19,7 @@ from lightning_compress.packing.values import WAYS, codebook_of, pack_values, un
 
 __all__ = [
     "DTYPES", "Codes", "Version", "bits_of", "checksum", "known_of", "pack_tensor", "tensor_bytes", "tensor_of",
-    "unpack_tensor", "way_of",
+    "ties_of", "unpack_tensor", "way_of",
 ]  # fmt: skip
 
 DTYPES = {  # as safetensors names them
@@ -66,7 +66,9 @@ def bits_of(tensor: Tensor) -> npt.NDArray[np.unsignedinteger]:
     >>> bits_of(torch.tensor([1.0, -0.0]))
     array([1065353216, 2147483648], dtype=uint32)
     """
-    flat = tensor.detach().cpu().resolve_conj().resolve_neg().reshape(-1)
+    flat = (
+        tensor.detach().cpu().resolve_conj().resolve_neg().reshape(-1).contiguous()
+    )  # expanded ones have a stride of 0
     width = flat.element_size()
     found: npt.NDArray[np.unsignedinteger] = flat.view(_SAME_WIDTH[width]).numpy().view(_UNSIGNED[width])
     return found
@@ -95,6 +97,25 @@ def checksum(tensor: Tensor) -> int:
     3066839698
     """
     return zlib.crc32(bits_of(tensor).astype(f"<u{tensor.element_size()}", copy=False).data)
+
+
+def ties_of(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return the keys whose tensor is, in memory, that of an earlier key, and that key.
+
+    >>> weight = torch.ones(2)
+    >>> ties_of({"words": weight, "bias": torch.ones(2), "head": weight})
+    {'head': 'words'}
+    """
+    first: dict[object, str] = {}
+    holders = {name: first.setdefault(_place(tensor), name) for name, tensor in state.items()}
+    return {name: holder for name, holder in holders.items() if name != holder}
+
+
+def _place(tensor: Tensor) -> object:
+    """What two keys of one tensor have in common; nothing but itself where there is no memory."""
+    if not tensor.numel():
+        return object()
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def tensor_bytes(dtype: str, shape: Sequence[int]) -> int:

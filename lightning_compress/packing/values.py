@@ -51,8 +51,8 @@ def pack_values(values: Bits) -> bytes:
     return min(found, key=len)
 
 
-def unpack_values(stream: Stream, count: int, dtype: npt.DTypeLike) -> Bits:
-    """Return the next `count` values of a stream as unsigned integers of `dtype`.
+def unpack_values(stream: Stream, count: int, dtype: npt.DTypeLike, zeros: bool = True) -> Bits:
+    """Return the next `count` values of a stream as unsigned integers of `dtype`; `zeros` says that some may be apart.
 
     Raises:
         PackedFileError: the bytes are not those of so many values.
@@ -71,15 +71,15 @@ def unpack_values(stream: Stream, count: int, dtype: npt.DTypeLike) -> Bits:
         if not size:
             raise PackedFileError("expected a codebook with an entry, got an empty one")
         return book[unpack_symbols(stream, count, size)]
-    if way == ZEROS_APART:
+    if way == ZEROS_APART and zeros:  # no zeros are left in the rest: so nothing nests, whatever a file says
         taken = stream.varint(count)
         if taken == count:
             raise PackedFileError(f"expected zeros among {count} values, got none")
         places = unpack_positions(stream, count, taken)
         values = np.zeros(count, kind)
-        values[places] = unpack_values(stream, taken, kind)
+        values[places] = unpack_values(stream, taken, kind, zeros=False)
         return values
-    raise PackedFileError(f"expected a way of coding values, 0 to 3, got {way}")
+    raise PackedFileError(f"expected a way of coding values, 0 to {3 if zeros else 2}, got {way}")
 
 
 def codebook_of(values: Bits) -> tuple[Bits | None, npt.NDArray[np.uint8]]:

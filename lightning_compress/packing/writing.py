@@ -15,7 +15,16 @@ from torch import Tensor, nn
 from lightning_compress.export.replacing import written_at_the_end
 from lightning_compress.packing.grids import rounded_weights
 from lightning_compress.packing.layout import MOST_LEVELS, Directory, Entry, write_head
-from lightning_compress.packing.tensors import DTYPES, Version, bits_of, checksum, pack_tensor, tensor_of
+from lightning_compress.packing.tensors import (
+    DTYPES,
+    Codes,
+    Version,
+    bits_of,
+    checksum,
+    pack_tensor,
+    tensor_of,
+    ties_of,
+)
 from lightning_compress.quantization.outputs import Ranges
 from lightning_compress.sharding import is_distributed
 
@@ -48,7 +57,7 @@ def pack(
 
     Raises:
         ImportError: a package of the `packed` extra is missing.
-        TypeError: ranges with a state dict; they need the module.
+        TypeError: ranges with a state dict; they need the module. Or an entry of the state that is no tensor.
         ValueError: a dtype that no file holds, a tensor on the meta device or sharded.
         AttributeError: a range names no layer of the module.
     """
@@ -83,7 +92,7 @@ def pack_levels(
         )
     versions = [_versions(module, own, signed_zeros) for module, own in zip(modules, given, strict=True)]
     _check_alike(versions)
-    same = _ties(modules)
+    same = _ties(modules, versions)
     with tempfile.TemporaryFile() as tensors, written_at_the_end(Path(path)) as unfinished:
         names = [name for name in versions[0] if name not in same]
         entries = [_written(name, [version[name] for version in versions], tensors) for name in names]
@@ -109,10 +118,15 @@ def _versions(module: Model, ranges: Ranges | None, signed_zeros: bool) -> dict[
     versions = {name: grids.get(name, (tensor, None)) for name, tensor in state.items()}
     if signed_zeros:
         return versions
-    return {name: (_without_signs(tensor), codes) for name, (tensor, codes) in versions.items()}
+    return {name: _without_signs(tensor, codes) for name, (tensor, codes) in versions.items()}
 
 
-def _check(name: str, tensor: Tensor) -> None:
+def _check(name: str, tensor: object) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(
+            f"expected a state dict of tensors, but '{name}' is a {type(tensor).__name__}; leave it out and keep it "
+            "beside the file"
+        )
     if tensor.is_meta or is_distributed(tensor):
         kind = "on the meta device, without values" if tensor.is_meta else "sharded among processes"
         raise ValueError(f"expected tensors that are whole and here, but '{name}' is {kind}; gather the weights first")
@@ -134,32 +148,29 @@ def _check_alike(versions: Sequence[Mapping[str, Version]]) -> None:
                 )
 
 
-def _ties(modules: Sequence[Model]) -> dict[str, str]:
-    """Keys whose tensor is another key's in every version."""
-    found: list[dict[str, str]] = []
-    for module in modules:
-        first: dict[object, str] = {}
-        holders = {name: first.setdefault(_place(tensor), name) for name, tensor in _state(module).items()}
-        found.append({name: holder for name, holder in holders.items() if name != holder})
-    return {n: holder for n, holder in found[0].items() if all(other.get(n) == holder for other in found)}
+def _ties(modules: Sequence[Model], versions: Sequence[Mapping[str, Version]]) -> dict[str, str]:
+    """Keys whose tensor is another key's in every version: one of them alone may be rounded, which parts them."""
+    found = [ties_of(_state(module)) for module in modules]
+    return {
+        name: holder
+        for name, holder in found[0].items()
+        if all(other.get(name) == holder for other in found)
+        and all(np.array_equal(bits_of(own[name][0]), bits_of(own[holder][0])) for own in versions)
+    }
 
 
-def _place(tensor: Tensor) -> object:
-    """What two keys of one tensor have in common; nothing but itself where there is no memory."""
-    if not tensor.numel():
-        return object()
-    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+def _without_signs(tensor: Tensor, codes: Codes | None) -> Version:
+    """The tensor with 0.0 for -0.0, every NaN as it is; itself if it has none.
 
-
-def _without_signs(tensor: Tensor) -> Tensor:
-    """The tensor with 0.0 for -0.0, every NaN as it is; itself if it has none."""
+    Codes go with it where they give -0.0: a scale that a half-precision float has no number for makes them.
+    """
     if not tensor.is_floating_point():
-        return tensor
+        return tensor, codes
     bits = bits_of(tensor)
     negative = bits == 1 << (8 * tensor.element_size() - 1)  # the sign bit alone
     if not negative.any():
-        return tensor
-    return tensor_of(np.where(negative, bits.dtype.type(0), bits), _NAMES[tensor.dtype]).reshape(tensor.shape)
+        return tensor, codes
+    return tensor_of(np.where(negative, bits.dtype.type(0), bits), _NAMES[tensor.dtype]).reshape(tensor.shape), None
 
 
 def _written(name: str, versions: Sequence[Version], file: BinaryIO) -> Entry:

@@ -16,8 +16,9 @@ from torch import nn
 from lightning_compress import CompressError
 from lightning_compress.packing import layout
 from lightning_compress.packing.layout import Directory, Entry, write_head
+from lightning_compress.packing.positions import pack_positions
 from lightning_compress.packing.reading import load_packed, packed_tensors, unpack
-from lightning_compress.packing.stream import PackedFileError
+from lightning_compress.packing.stream import PackedFileError, varint
 from lightning_compress.packing.tensors import bits_of
 from lightning_compress.packing.writing import pack
 
@@ -168,6 +169,36 @@ def test_a_huge_claim_takes_no_memory(tmp_path):
         unpack(small, most_bytes=63)
 
 
+@pytest.mark.parametrize(("count", "depth"), [(100_000, 40), (4000, 3000)])
+def test_zeros_within_zeros_are_refused(count, depth, tmp_path):
+    """A few bytes a step that would each take the memory of the whole tensor, or the stack of Python."""
+    steps = (b"\x03" + varint(n - 1) + pack_positions(np.arange(n) < n - 1) for n in range(count, count - depth, -1))
+    data = b"\x00" + b"".join(steps)
+    path = with_directory(tmp_path / "a", [("w", "F32", (count,), len(data), 0)], data)
+    tracemalloc.start()
+    with pytest.raises(PackedFileError, match=r"'w' of .*coding values, 0 to 2, got 3"):
+        unpack(path)
+    assert tracemalloc.get_traced_memory()[1] < 10 * 4 * count + (1 << 20)
+    tracemalloc.stop()
+
+
+def test_a_directory_that_inflates_without_end_is_refused(tmp_path):
+    kept = zlib.compress(b"[" + b"[]," * (1 << 23) + b"[]]")
+    head = struct.pack("<4sBII", layout.MAGIC, layout.VERSION, len(kept), zlib.crc32(kept))
+    assert len(kept) < 50_000
+    tracemalloc.start()
+    with pytest.raises(PackedFileError, match=r"directory .* does not end within"):
+        unpack(written(tmp_path / "a", head + kept))
+    assert tracemalloc.get_traced_memory()[1] < MOST_BYTES
+    tracemalloc.stop()
+
+
+def test_a_directory_larger_than_is_read_is_not_written(tmp_path):
+    with pytest.raises(ValueError, match=r"2 tensors take \d+ bytes.*files of their own"):
+        pack({"w": torch.ones(1), "v" * layout.LARGEST_DIRECTORY: torch.ones(1)}, tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("rows", "same"),
     [
@@ -177,6 +208,7 @@ def test_a_huge_claim_takes_no_memory(tmp_path):
         ([("w", "F31", (1,), 0, 0)], {}),
         ([("w", "F32", (1,) * 65, 0, 0)], {}),
         ([("w", "F32", (True,), 0, 0)], {}),
+        ([("w", "F32", (0, 2**63), 0, 0)], {}),
         ([(3, "F32", (1,), 0, 0)], {}),
         ([("w", "F32", (0,), 0, 0)] * 2, {}),
         ([], {"v": "w"}),
@@ -186,7 +218,7 @@ def test_a_huge_claim_takes_no_memory(tmp_path):
     ],
 )
 def test_a_directory_that_cannot_be(rows, same, tmp_path):
-    with pytest.raises(PackedFileError, match="directory"):
+    with pytest.raises(PackedFileError, match="the directory of "):
         unpack(with_directory(tmp_path / "a", rows, b"", same))
 
 
@@ -194,7 +226,7 @@ def test_a_directory_that_cannot_be(rows, same, tmp_path):
 def test_a_directory_of_something_else(text, tmp_path):
     kept = zlib.compress(text)
     head = struct.pack("<4sBII", layout.MAGIC, layout.VERSION, len(kept), zlib.crc32(kept))
-    with pytest.raises(PackedFileError, match="directory"):
+    with pytest.raises(PackedFileError, match="the directory of "):
         unpack(written(tmp_path / "a", head + kept))
 
 
@@ -233,6 +265,19 @@ def test_a_changed_file_leaves_the_module_as_it_was(tmp_path):
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
 
 
+class Remembering(nn.Linear):
+    def get_extra_state(self):
+        return {"steps": 3}
+
+    def set_extra_state(self, state):
+        self.steps = state["steps"]
+
+
+def test_a_module_that_keeps_more_than_tensors_is_named(tmp_path):
+    with pytest.raises(CompressError, match="'_extra_state' is missing in the file"):
+        load_packed(Remembering(2, 2), pack(nn.Linear(2, 2), tmp_path / "a"))
+
+
 def test_what_cannot_be_packed_is_named_and_leaves_no_file(tmp_path):
     with pytest.raises(ValueError, match=r"sparse_coo.*'w'"):
         pack({"w": torch.eye(3).to_sparse()}, tmp_path / "a")
@@ -242,6 +287,8 @@ def test_what_cannot_be_packed_is_named_and_leaves_no_file(tmp_path):
         pack({"w": torch.zeros(3, device="meta")}, tmp_path / "a")
     with pytest.raises(TypeError, match="give the module"):
         pack({"w": torch.eye(3)}, tmp_path / "a", ranges={"w": None})
+    with pytest.raises(TypeError, match=r"'0\._extra_state' is a dict"):
+        pack(nn.Sequential(Remembering(1, 1)), tmp_path / "a")
     with pytest.raises(AttributeError, match="third"):
         pack(Net(), tmp_path / "a", ranges=_range("third"))
     assert not list(Path(tmp_path).iterdir())

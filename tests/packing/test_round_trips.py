@@ -136,6 +136,11 @@ def test_a_modules_state_whole(tmp_path):
     assert torch.equal(other.head.weight, module.words.weight)
 
 
+def test_an_expanded_tensor_comes_back_whole(tmp_path):
+    tensor = torch.full((1,), 2.5).expand(5, 5)
+    same_bits(unpack(pack({"w": tensor}, tmp_path / "a"))["w"], tensor.contiguous())
+
+
 def test_the_sign_of_zeros_is_dropped_unless_asked_for(tmp_path):
     weight = torch.randn(300, 300, generator=torch.Generator().manual_seed(0))
     weight *= torch.rand(300, 300, generator=torch.Generator().manual_seed(1)) < 0.1
@@ -193,6 +198,22 @@ def test_weights_come_back_as_they_were_rounded_in_training(grid, tmp_path):
         assert torch.equal(read(images), expected)
     ways = {told.name: told.way for told in packed_tensors(path)}
     assert ways["linear.weight"] == "codes and scales"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_scale_too_small_for_its_dtype_gives_zeros_without_a_sign(dtype, tmp_path):
+    module = nn.Sequential(nn.Linear(64, 4)).to(dtype)
+    with torch.no_grad():
+        module[0].weight.zero_()
+        module[0].weight[:, 1] = -torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # the least there is
+    range_ = Range(0.0, 0.0, 32, 1, Binary())
+    with torch.no_grad(), fake_quantized(module, {"0": range_}):
+        expected = module(torch.eye(64, dtype=dtype)).T - module[0].bias[:, None]
+    assert not expected.any()
+    for signed in (False, True):
+        found = unpack(pack(module, tmp_path / "a", {"0": range_}, signed))["0.weight"]
+        assert not found.any()
+        assert bool(torch.signbit(found).any()) == signed
 
 
 def test_a_small_net_pruned_shared_and_packed_is_140_times_smaller(tmp_path):
