@@ -197,10 +197,9 @@ def check_together(callbacks: Iterable[object]) -> None:
             for other in removing:
                 check_channels(other.claims(), other.times.end, callback.quantized.by_channel, callback.steps[1])
         if isinstance(callback, Sharing):
-            for other in listed:
-                if isinstance(other, Claiming):
-                    last = getattr(other, "window", (getattr(other, "at", 0),))[-1]
-                    check_shared(callback.claims(), other.claims(), callback.at_step, callback.step_of(last))
+            for pruning in (each for each in listed if isinstance(each, Claiming)):
+                last = getattr(pruning, "window", (getattr(pruning, "at", 0),))[-1]
+                check_shared(callback.claims(), pruning.claims(), callback.at_step, callback.step_of(last))
     if any(isinstance(callback, ModelPruning) for callback in listed) and any(c.action != "distil" for c in claims):
         raise IncompatibleCallbacks(
             "Lightning's ModelPruning renames parameters while it trains, so nothing else can prune or quantize them; "
