@@ -89,8 +89,8 @@ def pack_codes(codes: Codes) -> Tensor:
     """Return the codes in as few bits a weight as number them, plane after plane, (planes, bytes) uint8.
 
     >>> pack_codes(Codes.of(torch.tensor([0, 2, 1], dtype=torch.int32)))
-    tensor([[ 32],
-            [ 64]], dtype=torch.uint8)
+    tensor([[32],
+            [64]], dtype=torch.uint8)
     """
     planes = max(1, math.ceil(math.log2(len(codes.counts))))
     return torch.stack([pack_mask((codes.entry >> plane & 1).bool()) for plane in range(planes)])

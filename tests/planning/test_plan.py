@@ -33,6 +33,7 @@ from lightning_compress.pruning.criteria import taylor
 from lightning_compress.pruning.patterns import NM
 from lightning_compress.pruning.regrowth import RigL
 from lightning_compress.pruning.scopes import uniform
+from lightning_compress.weight_sharing.codebook import density
 
 
 class Network(L.LightningModule):
@@ -198,9 +199,10 @@ def test_every_pruning_callback_has_a_line(callback: L.Callback, says: str) -> N
 
 
 def test_shared_values_are_counted_as_a_run_finds_them() -> None:
-    found = plan(network(), [WeightSharing({"Conv2d": 16, "Linear": 8}, at=0.5), GradualPruning(0.5)], steps=10)
+    sharing = WeightSharing({"Conv2d": 16, "Linear": 8}, at=0.8, start=density)
+    found = plan(network(), [sharing, GradualPruning(0.5)], steps=10)
     assert found.stages[0].does == "lets the weights of 3 layers share 8 to 16 values a layer, which are then trained"
-    assert found.stages[0].moments == (("at", 5),)
+    assert found.stages[0].moments == (("at", 8),)
 
 
 def test_what_steps_will_show_is_said_to_be_unknown() -> None:
