@@ -2,12 +2,14 @@
 
     OMP_NUM_THREADS=1 python benchmarks/deep_compression.py --data digits
     OMP_NUM_THREADS=1 python benchmarks/deep_compression.py --data fashion
+    OMP_NUM_THREADS=1 python benchmarks/deep_compression.py --data digits --trained
 
 LeNet-300-100 and LeNet-5-Caffe on 5000 real digits (4000 to train on, 1000 to test) and on all of Fashion-MNIST. A
 dense net is trained; it is trained on under GradualPruning over all layers, the head too, by one threshold; its weights
 share values (`share_weights`), its biases lose all but 16 bits; `pack` writes the file. Errors are those of the net
 that `load_packed` reads from the file, in percent of the test images. Every cell is added to the json, and what is
-there is not run again.
+there is not run again. With `--trained` values are shared at 70 % of the same run, by `WeightSharing`, and trained in
+its rest.
 """
 
 from __future__ import annotations
@@ -32,31 +34,36 @@ from networks import Tuned, lenet5_caffe, lenet_300_100
 from torch import nn
 from training import quiet_trainer
 
-from lightning_compress import GradualPruning, load_packed, pack
+from lightning_compress import GradualPruning, WeightSharing, load_packed, pack
 from lightning_compress.measure.entropy import entropy_bound_bytes
 from lightning_compress.packing.reading import packed_tensors
 from lightning_compress.weight_sharing.sharing import share_weights
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "deep_compression.json"
+RESULTS_TRAINED = HERE / "results" / "deep_compression_trained.json"
 NETS = {"LeNet-300-100": lenet_300_100, "LeNet-5-Caffe": lenet5_caffe}
 STEPS = {"digits": (1500, 4000), "fashion": (5000, 8000)}  # dense, and under pruning
 SPARSITIES = (0.9, 0.96, 0.98, 0.99)
 ENTRIES = (32, 8)
 RATE, RATE_AFTER = 1e-3, 1e-3
 WINDOW = (0.0, 0.5)
+SHARED_AT = 0.7
 
 
 def data_of(name: str, seed: int, options: argparse.Namespace) -> Data:
     return digits(seed) if name == "digits" else fashion_mnist(options.data_dir)
 
 
-def train(net: nn.Module, data: Data, seed: int, steps: int, rate: float, sparsity: float = 0.0) -> nn.Module:
-    """Train a copy; with a sparsity, prune all its Linear and Conv layers on the way."""
+def train(
+    net: nn.Module, data: Data, seed: int, steps: int, rate: float, sparsity: float = 0.0, entries: int = 0
+) -> nn.Module:
+    """Train a copy; with a sparsity, prune all its Linear and Conv layers on the way; with entries, share values."""
     torch.manual_seed(seed)
     module = Tuned(copy.deepcopy(net), rate)
     pruning = [GradualPruning(sparsity, WINDOW, 0.01, include=layers(module))] if sparsity else []
-    quiet_trainer(pruning, max_steps=steps).fit(module, batches(data, seed))
+    sharing = [WeightSharing(entries, SHARED_AT, include=layers(module))] if entries else []
+    quiet_trainer([*pruning, *sharing], max_steps=steps).fit(module, batches(data, seed))
     return module.net.eval()
 
 
@@ -105,21 +112,45 @@ def run(name: str, data_name: str, seed: int, options: argparse.Namespace) -> No
         kept.parent.mkdir(parents=True, exist_ok=True)
         torch.save(dense.state_dict(), kept)
     add({**key, "sparsity": 0.0, "entries": 0}, {**file_of(dense, fresh, data), "raw_bytes": raw}, options)
+    measure = run_trained if options.trained else run_shared_after
     for sparsity in options.sparsity:
-        if all(there({**key, "sparsity": sparsity, "entries": entries}, options) for entries in (0, *ENTRIES)):
-            continue
-        started = time.process_time()
-        pruned = train(dense, data, seed + 1000, second, RATE_AFTER, sparsity)
-        seconds = round(time.process_time() - started)
-        for entries in (0, *ENTRIES):
-            net = copy.deepcopy(pruned)
-            if entries:
-                share_weights(net, entries, include=layers(net))
-            for parameter in net.parameters():
-                if parameter.dim() == 1:
-                    parameter.data = parameter.data.bfloat16().float()
-            found = {**file_of(net, fresh, data), "raw_bytes": raw, "cpu_seconds": seconds}
-            add({**key, "sparsity": sparsity, "entries": entries}, found, options)
+        measure(dense, fresh, data, {**key, "sparsity": sparsity, "raw_bytes": raw}, second, options)
+
+
+def run_shared_after(
+    dense: nn.Module, fresh: nn.Module, data: Data, cell: dict[str, Any], steps: int, options: argparse.Namespace
+) -> None:
+    """Prune in training, share values after it."""
+    if all(there({**cell, "entries": entries}, options) for entries in (0, *ENTRIES)):
+        return
+    started = time.process_time()
+    pruned = train(dense, data, cell["seed"] + 1000, steps, RATE_AFTER, cell["sparsity"])
+    seconds = round(time.process_time() - started)
+    for entries in (0, *ENTRIES):
+        net = copy.deepcopy(pruned)
+        if entries:
+            share_weights(net, entries, include=layers(net))
+        add({**cell, "entries": entries}, {**rounded_file(net, fresh, data), "cpu_seconds": seconds}, options)
+
+
+def run_trained(
+    dense: nn.Module, fresh: nn.Module, data: Data, cell: dict[str, Any], steps: int, options: argparse.Namespace
+) -> None:
+    """Prune and share values in one training."""
+    for entries in options.entries:
+        if not there({**cell, "entries": entries}, options):
+            started = time.process_time()
+            net = train(dense, data, cell["seed"] + 1000, steps, RATE_AFTER, cell["sparsity"], entries)
+            seconds = round(time.process_time() - started)
+            add({**cell, "entries": entries}, {**rounded_file(net, fresh, data), "cpu_seconds": seconds}, options)
+
+
+def rounded_file(net: nn.Module, fresh: nn.Module, data: Data) -> dict[str, Any]:
+    """Round the biases to 16 bits, pack and measure."""
+    for parameter in net.parameters():
+        if parameter.dim() == 1:
+            parameter.data = parameter.data.bfloat16().float()
+    return file_of(net, fresh, data)
 
 
 def there(key: dict[str, Any], options: argparse.Namespace) -> bool:
@@ -155,9 +186,12 @@ def main() -> None:
     parser.add_argument("--sparsity", nargs="+", type=float, default=SPARSITIES)
     parser.add_argument("--data-dir", default="/usr/share/datasets/fashion-mnist", help="Fashion-MNIST's IDX files")
     parser.add_argument("--cache", type=Path, default=HERE.parent / "outputs" / "deep_compression", help="dense nets")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--trained", action="store_true", help="share values in training")
+    parser.add_argument("--entries", nargs="+", type=int, default=[8], help="values a layer, with --trained")
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--table", action="store_true", help="only print the table in Markdown")
     options = parser.parse_args()
+    options.out = options.out or (RESULTS_TRAINED if options.trained else RESULTS)
     if not options.table:
         logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
         warnings.filterwarnings("ignore")  # lightning's advice on workers and loggers

@@ -10,6 +10,7 @@ from lightning_compress.callbacks import (
     Reconstruction,
     SparsityRegularization,
     StructuredPruning,
+    WeightSharing,
 )
 from lightning_compress.callbacks.loading import load_from_checkpoint
 from lightning_compress.callbacks.planning import plan
@@ -79,6 +80,7 @@ __all__ = [
     "StructuredPruning",
     "TeacherCheckpoint",
     "UnsupportedStrategy",
+    "WeightSharing",
     "choose_bits",
     "compare",
     "compare_onnx",

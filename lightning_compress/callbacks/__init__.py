@@ -9,6 +9,7 @@ from lightning_compress.callbacks.quantization import QuantizationAwareTraining
 from lightning_compress.callbacks.reconstruction import Reconstruction
 from lightning_compress.callbacks.regularization import SparsityRegularization
 from lightning_compress.callbacks.structured import StructuredPruning
+from lightning_compress.callbacks.weight_sharing import WeightSharing
 
 __all__ = [
     "CompressionMonitor",
@@ -20,4 +21,5 @@ __all__ = [
     "Reconstruction",
     "SparsityRegularization",
     "StructuredPruning",
+    "WeightSharing",
 ]

@@ -16,8 +16,9 @@ from lightning_compress.callbacks.timetable import Timetable
 from lightning_compress.errors import IncompatibleCallbacks
 from lightning_compress.pruning.channels import Removal
 from lightning_compress.quantization.layers import QuantizedLayers
+from lightning_compress.window import Moment
 
-__all__ = ["Claim", "Claiming", "check_channels", "check_claims", "check_together", "check_zeros"]
+__all__ = ["Claim", "Claiming", "check_channels", "check_claims", "check_shared", "check_together", "check_zeros"]
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,17 @@ class Following(Protocol):
     @property
     def follows(self) -> str:
         """Say what of it cannot follow a model whose channels go; "" is nothing."""
+        ...
+
+
+@runtime_checkable
+class Sharing(Claiming, Protocol):
+    """A callback that lets weights share values; at which optimizer step it begins."""
+
+    at_step: int
+
+    def step_of(self, moment: Moment) -> int:
+        """Return a moment of this run as an optimizer step."""
         ...
 
 
@@ -112,6 +124,33 @@ grid learns a value for each of them from step 6 on; end the pruning's window be
             )
 
 
+def check_shared(sharing: Iterable[Claim], others: Iterable[Claim], at: int, last: int) -> None:
+    """Raise if a weight is pruned when it already shares its value: zeros would pull the value of the others to 0.
+
+    Args:
+        sharing: of the callback that lets weights share.
+        others: of another one.
+        at: the optimizer step after which weights share.
+        last: the optimizer step after which the other one changes them the last time.
+
+    >>> share, prune = Claim("S", "share", frozenset({"a.weight"})), Claim("P", "prune", frozenset({"a.weight"}))
+    >>> check_shared([share], [prune], at=6, last=5)
+    >>> check_shared([share], [prune], at=5, last=5)
+    Traceback (most recent call last):
+    ...
+    lightning_compress.errors.IncompatibleCallbacks: P prunes a.weight until step 5, but S lets its values be shared \
+from step 5 on; end the pruning before that step, or share later
+    """
+    for claim in sharing:
+        for other in others:
+            both = sorted(claim.names & other.names) if other.action == "prune" else []
+            if both and last >= at:
+                raise IncompatibleCallbacks(
+                    f"{other.owner} prunes {both[0]} until step {last}, but {claim.owner} lets its values be shared "
+                    f"from step {at} on; end the pruning before that step, or share later"
+                )
+
+
 def check_claims(claims: Iterable[Claim]) -> None:
     """Raise if two claims do the same to one name.
 
@@ -141,7 +180,7 @@ def check_together(callbacks: Iterable[object]) -> None:
 
     Raises:
         IncompatibleCallbacks: two of ours claim the same, a pruned weight is binarized, channels go that a grid learns
-            values for, or Lightning's ModelPruning is in the list as well.
+            values for, weights are pruned that share values, or Lightning's ModelPruning is in the list as well.
     """
     listed = list(callbacks)
     claims = [claim for callback in listed if isinstance(callback, Claiming) for claim in callback.claims()]
@@ -157,6 +196,10 @@ def check_together(callbacks: Iterable[object]) -> None:
             check_zeros(claims, callback.quantized.without_zero)
             for other in removing:
                 check_channels(other.claims(), other.times.end, callback.quantized.by_channel, callback.steps[1])
+        if isinstance(callback, Sharing):
+            for pruning in (each for each in listed if isinstance(each, Claiming)):
+                last = getattr(pruning, "window", (getattr(pruning, "at", 0),))[-1]
+                check_shared(callback.claims(), pruning.claims(), callback.at_step, callback.step_of(last))
     if any(isinstance(callback, ModelPruning) for callback in listed) and any(c.action != "distil" for c in claims):
         raise IncompatibleCallbacks(
             "Lightning's ModelPruning renames parameters while it trains, so nothing else can prune or quantize them; "

@@ -20,6 +20,7 @@ from lightning_compress.callbacks.reconstruction import Reconstruction
 from lightning_compress.callbacks.regularization import SparsityRegularization
 from lightning_compress.callbacks.reshaping import traced_call
 from lightning_compress.callbacks.structured import StructuredPruning
+from lightning_compress.callbacks.weight_sharing import WeightSharing
 from lightning_compress.distillation.terms import name_of
 from lightning_compress.errors import NothingToCompress
 from lightning_compress.planning.example import Example, ExampleCall, example_call
@@ -30,13 +31,16 @@ from lightning_compress.planning.table import Plan, Stage
 from lightning_compress.pruning.hessians import RECONSTRUCTIBLE
 from lightning_compress.quantization.choosing import Grids, select_quantizable
 from lightning_compress.select import select_layers
+from lightning_compress.weight_sharing.sharing import share_weights
 from lightning_compress.window import Moment, resolve_window
 
 __all__ = ["plan", "rehearsed"]
 
 _POINTS = 20
 # What changes shapes comes first, then what zeroes, then what looks at the zeros.
-_ORDER = (StructuredPruning, SparsityRegularization, Reconstruction, GradualPruning, QuantizationAwareTraining)
+_ORDER = (
+    StructuredPruning, SparsityRegularization, Reconstruction, GradualPruning, WeightSharing, QuantizationAwareTraining
+)  # fmt: skip
 
 
 def plan(
@@ -147,8 +151,20 @@ def _(callback: SparsityRegularization, acting: Rehearsal, call: ExampleCall | N
 def _(callback: Reconstruction, acting: Rehearsal, call: ExampleCall | None, steps: int | None) -> Stage:
     count = acting.prune(callback.sparsity, callback.include, callback.exclude, kinds=RECONSTRUCTIBLE)
     does = f"zeroes {callback.sparsity:.1%} of {count:,} weights at once and lets the others make up for it"
-    at = callback.at if steps is None or isinstance(callback.at, int) else round(callback.at * steps)
-    return Stage(type(callback).__name__, does, (("at", at),))
+    return Stage(type(callback).__name__, does, (("at", _step(callback.at, steps)),))
+
+
+def _step(at: Moment, steps: int | None) -> Moment:
+    return at if steps is None or isinstance(at, int) else round(at * steps)
+
+
+@rehearsed.register
+def _(callback: WeightSharing, acting: Rehearsal, call: ExampleCall | None, steps: int | None) -> Stage:
+    books = share_weights(acting.module, callback.entries, callback.start, callback.include, callback.exclude)
+    fewest, most = min(map(len, books.values())), max(map(len, books.values()))
+    values = f"{most}" if fewest == most else f"{fewest} to {most}"
+    does = f"lets the weights of {len(books)} layers share {values} values a layer, which are then trained"
+    return Stage(type(callback).__name__, does, (("at", _step(callback.at, steps)),))
 
 
 @rehearsed.register

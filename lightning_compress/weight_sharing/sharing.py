@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.errors import CompressError
-from lightning_compress.select import Pattern, patterns_or_none, select_weights
+from lightning_compress.select import Pattern, layers_of, patterns_or_none, select_weights
 from lightning_compress.weight_sharing.codebook import MOST_ENTRIES, Start, linear, shared_values
 
-__all__ = ["share_weights"]
+__all__ = ["SHAREABLE", "entries_of", "share_weights"]
 
-SHARED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+SHAREABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @torch.no_grad()
@@ -49,8 +49,11 @@ def share_weights(
     >>> {name: len(book) for name, book in share_weights(net, 8).items()}
     {'0.weight': 8}
     """
-    weights = select_weights(module, SHARED, patterns_or_none(include), patterns_or_none(exclude))
-    wanted = {name: _entries(name, module, weight, entries) for name, weight in weights.items()}
+    weights = select_weights(module, SHAREABLE, patterns_or_none(include), patterns_or_none(exclude))
+    wanted = {name: entries_of(name, layer, entries) for name, layer in layers_of(module, weights).items()}
+    for name, weight in weights.items():
+        if not bool(weight.isfinite().all()):
+            raise CompressError(f"expected finite weights, got NaN or infinity in '{name}'")
     books = {}
     for name, weight in weights.items():
         weight.data.copy_(shared_values(weight.data, wanted[name], start))
@@ -58,16 +61,26 @@ def share_weights(
     return books
 
 
-def _entries(name: str, module: nn.Module, weight: Tensor, entries: int | Mapping[str, int]) -> int:
-    """The entries of one weight, checked."""
-    kind = type(module.get_submodule(name.rpartition(".")[0])).__name__
+def entries_of(name: str, layer: nn.Module, entries: int | Mapping[str, int]) -> int:
+    """Return how many values the weight of a layer is to have, checked. Runs before any weight is changed.
+
+    Args:
+        name: of the weight, for the message.
+        layer: that has it.
+        entries: as `share_weights` takes them.
+
+    Raises:
+        ValueError: out of range or more than the weight has values, a class without entries.
+
+    >>> entries_of("0.weight", nn.Linear(4, 4), {"Linear": 8})
+    8
+    """
+    kind, count = type(layer).__name__, layer.get_parameter("weight").numel()
     if isinstance(entries, Mapping) and kind not in entries:
         raise ValueError(f"entries has {', '.join(entries)}, but '{name}' is of a {kind}; add it, or exclude the layer")
     found = entries[kind] if isinstance(entries, Mapping) else entries
     if not 2 <= found <= MOST_ENTRIES:
         raise ValueError(f"a codebook has 2 to {MOST_ENTRIES} entries, got {found} for '{name}'")
-    if found > weight.numel():
-        raise ValueError(f"a codebook of {found} entries is larger than '{name}', which has {weight.numel()} weights")
-    if not bool(weight.isfinite().all()):
-        raise CompressError(f"expected finite weights, got NaN or infinity in '{name}'")
+    if found > count:
+        raise ValueError(f"a codebook of {found} entries is larger than '{name}', which has {count} weights")
     return found

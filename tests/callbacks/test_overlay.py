@@ -20,6 +20,7 @@ from lightning_compress import (
     Reconstruction,
     SparsityRegularization,
     StructuredPruning,
+    WeightSharing,
 )
 from lightning_compress.callbacks.overlay import overlay
 from lightning_compress.pruning.channels import Removal
@@ -29,6 +30,7 @@ from lightning_compress.pruning.scopes import erk
 from lightning_compress.quantization.details import Details
 from lightning_compress.quantization.weights import Symmetric
 from lightning_compress.schedule import Linear
+from lightning_compress.weight_sharing.codebook import density
 
 CALLBACKS = {
     "pruning": lambda: GradualPruning(0.8, window=(3, 40), frequency=2, exclude=["head"]),
@@ -42,6 +44,7 @@ CALLBACKS = {
     "channels": lambda: StructuredPruning(0.4, removal=Removal(times=2)),
     "regularization": lambda: SparsityRegularization(weight=1e-3, sparsity=0.6),
     "reconstruction": lambda: Reconstruction(0.5, pattern=(2, 4)),
+    "sharing": lambda: WeightSharing({"Conv2d": 64, "Linear": 8}, at=0.5, start=density),
     "lottery": lambda: LotteryRewinding(to=0.1),
     "teacher by path": lambda: Distillation("teacher.ckpt", weight=0.3),
 }

@@ -28,6 +28,7 @@ from lightning_compress import (
     SparsityRegularization,
     Steps,
     StructuredPruning,
+    WeightSharing,
     callbacks,
     fake_quantized,
 )
@@ -369,6 +370,24 @@ def averages(run: Run) -> dict[str, Tensor]:
     return dict(run.of(Distillation).state_dict()["teacher"])
 
 
+# Weight sharing
+
+
+def shared(run: Run) -> None:
+    books = run.of(WeightSharing).codes
+    assert books
+    for name, codes in books.items():
+        weight, before = run.weights[name], run.before.get(name)
+        values = [weight[codes.entry == entry].unique() for entry in range(len(codes.counts))]
+        assert all(len(value) <= 1 for value in values), name
+        assert len(weight.unique()) <= 8
+        assert before is None or before.shape != weight.shape or len(before.unique()) > 8
+
+
+def sharing(module: L.LightningModule) -> list[L.Callback]:
+    return [WeightSharing(8, at=9)]  # after the windows of the rows that prune
+
+
 # Monitor
 
 
@@ -555,6 +574,20 @@ ROWS: tuple[Row, ...] = (
         excused={
             "NaN weights are named": "it takes no decision from weights; the loss is NaN, as without it",
             "checkpoints are plain": "it holds the average: tests/callbacks/test_distillation_layers.py",
+        },
+    ),
+    Row(
+        "sharing",
+        WeightSharing,
+        make=sharing,
+        default=lambda module: [WeightSharing()],
+        off=(lambda module: [WeightSharing(enabled=False)],),
+        acted=shared,
+        memory=lambda run: {name: codes.entry for name, codes in run.of(WeightSharing).codes.items()},
+        logs=frozenset({"compress/sharing_error"}),
+        excused={
+            "checkpoints are plain": "they hold log2(entries) bits a weight: tests/callbacks/test_weight_sharing.py",
+            "NaN weights are named": "it looks at its own step, 9: tests/callbacks/test_weight_sharing.py",
         },
     ),
     Row(

@@ -46,8 +46,9 @@ ALLOWED = [
     and not (VARIANTS & {row.name for row in rows} and StructuredPruning in {row.callback for row in rows})
 ]
 LARGEST = [rows for rows in ALLOWED if len(rows) == max(map(len, ALLOWED))]
-# Grids that learn, and those of a rule, are tried in every order with one other; in more company by resuming.
-PAIRED = {"quantization-learned", "quantization-ruled"}
+# Grids that learn, those of a rule, and weights that share are tried in every order with one other; in more company by
+# resuming.
+PAIRED = {"quantization-learned", "quantization-ruled", "sharing"}
 SETS = [rows for rows in ALLOWED if len(rows) == 2 or not PAIRED & {row.name for row in rows}]
 
 
@@ -65,7 +66,8 @@ def named(rows: tuple[Row, ...]) -> str:
 
 
 KINDS = (Small, Manual, Adversaries, Causal)
-ORDERED = [(rows, kind) for rows in SETS for kind in (KINDS[:1] if VARIANTS & {row.name for row in rows} else KINDS)]
+ONE_KIND = VARIANTS | {"sharing"}
+ORDERED = [(rows, kind) for rows in SETS for kind in (KINDS[:1] if ONE_KIND & {row.name for row in rows} else KINDS)]
 
 
 @pytest.mark.parametrize(("rows", "kind"), ORDERED, ids=[f"{named(rows)}-{kind.__name__}" for rows, kind in ORDERED])

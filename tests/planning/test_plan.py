@@ -23,6 +23,7 @@ from lightning_compress import (
     Removal,
     SparsityRegularization,
     StructuredPruning,
+    WeightSharing,
     export_onnx,
     plan,
     remove_zero_channels,
@@ -32,6 +33,7 @@ from lightning_compress.pruning.criteria import taylor
 from lightning_compress.pruning.patterns import NM
 from lightning_compress.pruning.regrowth import RigL
 from lightning_compress.pruning.scopes import uniform
+from lightning_compress.weight_sharing.codebook import density
 
 
 class Network(L.LightningModule):
@@ -194,6 +196,13 @@ def test_every_pruning_callback_has_a_line(callback: L.Callback, says: str) -> N
     found = plan(network(), callback)
     assert says in found.stages[0].does
     assert any(row.sparsity == pytest.approx(0.5, abs=0.3) for row in found.layers)
+
+
+def test_shared_values_are_counted_as_a_run_finds_them() -> None:
+    sharing = WeightSharing({"Conv2d": 16, "Linear": 8}, at=0.8, start=density)
+    found = plan(network(), [sharing, GradualPruning(0.5)], steps=10)
+    assert found.stages[0].does == "lets the weights of 3 layers share 8 to 16 values a layer, which are then trained"
+    assert found.stages[0].moments == (("at", 8),)
 
 
 def test_what_steps_will_show_is_said_to_be_unknown() -> None:
