@@ -10,7 +10,7 @@ import lightning.pytorch as L
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_compress.callbacks.clock import Clock, restore_data_place, run_length
+from lightning_compress.callbacks.clock import Clock, run_length
 from lightning_compress.callbacks.contract import (
     check_state,
     check_unclaimed,
@@ -20,6 +20,7 @@ from lightning_compress.callbacks.contract import (
     state_key,
 )
 from lightning_compress.callbacks.lesson import Lesson
+from lightning_compress.callbacks.lifecycle import go_on, release
 from lightning_compress.callbacks.order import Claim, check_together
 from lightning_compress.callbacks.probe import first_student_call
 from lightning_compress.callbacks.sameness import takes_part
@@ -222,22 +223,14 @@ class Distillation(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.lesson is None:
             return
-        restore_data_place(trainer)
-        if self._restored is not None:
-            self._take_over(self._restored)
-            self._restored = None
-        elif self.clock.steps == 0 and trainer.global_step > 0:  # resumed from a run without this callback
-            self.clock.start_at(trainer.global_step // max(1, len(trainer.optimizers)))
+        if go_on(trainer, self.clock, self._restored, self._take_over):
             self._followed = self.clock.steps
+        self._restored = None
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._follow(pl_module)
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._release()
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self._release()
+    teardown = on_exception = release
 
     def _release(self) -> None:
         self.clock.detach()

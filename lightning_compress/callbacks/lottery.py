@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_compress.callbacks.averages import averaged_models
-from lightning_compress.callbacks.clock import Clock, restore_data_place, run_length
+from lightning_compress.callbacks.clock import Clock, run_length
 from lightning_compress.callbacks.contract import (
     check_state,
     check_unclaimed,
@@ -20,6 +20,7 @@ from lightning_compress.callbacks.contract import (
     saved_state,
     state_key,
 )
+from lightning_compress.callbacks.lifecycle import go_on, log, release
 from lightning_compress.callbacks.order import Claim, check_together
 from lightning_compress.callbacks.pruning import GradualPruning
 from lightning_compress.callbacks.sameness import takes_part
@@ -119,15 +120,12 @@ class LotteryRewinding(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self.enabled:
             return
-        restore_data_place(trainer)
-        if self.clock.steps == 0 and trainer.global_step > 0:  # resumed from a run without this callback
-            self.clock.start_at(trainer.global_step // max(1, len(trainer.optimizers)))
-            if self.clock.steps >= self._step:
-                raise CheckpointMismatch(
-                    f"the checkpoint is of step {self.clock.steps} and has no values of step {self._step} to rewind "
-                    f"to; start anew from its weights with load_from_checkpoint and no ckpt_path, or set to to a "
-                    f"later step"
-                )
+        if go_on(trainer, self.clock) and self.clock.steps >= self._step:
+            raise CheckpointMismatch(
+                f"the checkpoint is of step {self.clock.steps} and has no values of step {self._step} to rewind "
+                f"to; start anew from its weights with load_from_checkpoint and no ckpt_path, or set to to a "
+                f"later step"
+            )
         differing = sorted(self.snapshot.keys() ^ live_tensors(pl_module, self.buffers).keys())
         if self.snapshot and differing:
             raise CheckpointMismatch(
@@ -135,11 +133,7 @@ class LotteryRewinding(L.Callback):
                 f"resume with the module that made it"
             )
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._release()
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self._release()
+    teardown = on_exception = release
 
     def _release(self) -> None:
         self.clock.detach()
@@ -198,8 +192,7 @@ class LotteryRewinding(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         if self._unlogged:
-            for logger in trainer.loggers:
-                logger.log_metrics({"compress/rounds": float(len(self.rounds))}, step=trainer.global_step)
+            log(trainer, {"compress/rounds": float(len(self.rounds))})
             self._unlogged = False
         if self.complete:
             self.snapshot = {}  # the checkpoints from here on are as small as without it

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_compress import tracking
 from lightning_compress.callbacks.contract import SHARDING, Compression, check_state, compressions, saved_state
+from lightning_compress.callbacks.lifecycle import log
 from lightning_compress.callbacks.looking import Look, Pace, look, moments, pace
 from lightning_compress.callbacks.notes import Notes
 from lightning_compress.callbacks.outcome import Outcome, measured, save_files, show
@@ -108,7 +109,7 @@ class CompressionMonitor(L.Callback):
             tracking.define_axis(run)
             tracking.log_config(run, {f"compress/{type(c).__name__}": c.recipe() for c in self._watched})
         if before.zipped_bytes is not None:
-            _log(trainer, {"compress/size_bytes": float(before.zipped_bytes)})
+            log(trainer, {"compress/size_bytes": float(before.zipped_bytes)})
 
     # Looks: at the start of a batch, when every callback has done its work of the last one
 
@@ -143,7 +144,7 @@ class CompressionMonitor(L.Callback):
         ready = all(compression.complete for compression in self._watched)
         if ready != self._ready:
             self._ready = ready
-            _log(trainer, {"compress/ready": float(ready)})
+            log(trainer, {"compress/ready": float(ready)})
 
     def _look(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Look:
         return look(trainer.global_step, pl_module, self._watched, self._parts)
@@ -161,7 +162,7 @@ class CompressionMonitor(L.Callback):
             scalars["compress/sqnr_db_lowest"] = min(noisy)
         if self.layer_scalars:
             scalars |= _scalars(states)
-        _log(trainer, scalars)
+        log(trainer, scalars)
         run = tracking.wandb_run(trainer.loggers)
         if run is not None:
             tracking.log_layer_table(run, seen.rows(biases), seen.step, seen.sqnr_db)
@@ -200,7 +201,7 @@ class CompressionMonitor(L.Callback):
         outcome = Outcome(trainer.global_step, self.report, self.notes, history, metric, bool(self._ready))
         self.files = save_files(folder, outcome, [*self._watched, self])
         if after.zipped_bytes is not None:
-            _log(trainer, {"compress/size_bytes": float(after.zipped_bytes)})
+            log(trainer, {"compress/size_bytes": float(after.zipped_bytes)})
         run = tracking.wandb_run(trainer.loggers)
         if run is not None:
             show(run, outcome, self.files)
@@ -244,11 +245,6 @@ def _records(trainer: L.Trainer) -> bool:
 
 def _writes(trainer: L.Trainer) -> bool:
     return trainer.is_global_zero and _records(trainer)
-
-
-def _log(trainer: L.Trainer, metrics: Mapping[str, float]) -> None:
-    for logger in trainer.loggers:
-        logger.log_metrics(dict(metrics), step=trainer.global_step)
 
 
 def _logs_sparsity(compression: Compression) -> bool:

@@ -23,6 +23,7 @@ from lightning_compress.callbacks.contract import (
     state_key,
     warn_if_unfinished,
 )
+from lightning_compress.callbacks.lifecycle import log, release
 from lightning_compress.callbacks.order import Claim, check_together
 from lightning_compress.callbacks.sameness import takes_part
 from lightning_compress.divergence import check_same
@@ -208,12 +209,7 @@ class QuantizationAwareTraining(L.Callback):
         self._start(trainer, pl_module, "predict")
 
     on_train_end = warn_if_unfinished
-
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._release()
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self._release()
+    teardown = on_exception = release
 
     def _release(self) -> None:
         self.clock.detach()
@@ -234,8 +230,7 @@ class QuantizationAwareTraining(L.Callback):
         self._warn(self.quantized.enter(*entered, self.clock.steps))
         if self._phase is None or phase != self._phase[0]:
             bits = self.quantized.bits if phase >= Phase.ROUND else float(FLOAT_BITS)
-            for logger in trainer.loggers:
-                logger.log_metrics({"compress/bits": bits}, step=trainer.global_step)
+            log(trainer, {"compress/bits": bits})
         self._phase = entered
         check_same({n: state.extremes for n, state in self.quantized.states.items()}, "range", self.clock.steps)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_compress.callbacks.clock import Clock, restore_data_place, run_length
+from lightning_compress.callbacks.clock import Clock, run_length
 from lightning_compress.callbacks.contract import (
     check_state,
     check_unclaimed,
@@ -21,6 +21,7 @@ from lightning_compress.callbacks.contract import (
     state_key,
     warn_if_unfinished,
 )
+from lightning_compress.callbacks.lifecycle import go_on, log_unlogged, release
 from lightning_compress.callbacks.masking import MaskKeeper
 from lightning_compress.callbacks.order import Claim, check_together
 from lightning_compress.callbacks.sameness import takes_part
@@ -150,22 +151,13 @@ class Reconstruction(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self.enabled:
             return
-        restore_data_place(trainer)
-        if self._restored is not None:
-            self._take_over(self._restored)
-            self._restored = None
-        elif self.clock.steps == 0 and trainer.global_step > 0:  # resumed from a run without this callback
-            self.clock.start_at(trainer.global_step // max(1, len(trainer.optimizers)))
+        go_on(trainer, self.clock, self._restored, self._take_over)
+        self._restored = None
         self._begin_if_due()
         self.keeper.apply()
 
     on_train_end = warn_if_unfinished
-
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._release()
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self._release()
+    teardown = on_exception = release
 
     def _release(self) -> None:
         self.clock.detach()
@@ -234,11 +226,7 @@ class Reconstruction(L.Callback):
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.keeper.after_backward(trainer, pl_module)
 
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        if self._unlogged:
-            for logger in trainer.loggers:
-                logger.log_metrics(self._unlogged, step=trainer.global_step)
-            self._unlogged = {}
+    on_train_batch_end = log_unlogged
 
     # Checkpoints
 

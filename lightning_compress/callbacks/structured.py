@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_compress.callbacks.clock import Clock, restore_data_place
+from lightning_compress.callbacks.clock import Clock
 from lightning_compress.callbacks.contract import (
     SHARDING,
     check_state,
@@ -22,6 +22,7 @@ from lightning_compress.callbacks.contract import (
     warn_if_unfinished,
 )
 from lightning_compress.callbacks.gathering import Gathering
+from lightning_compress.callbacks.lifecycle import go_on, log, release
 from lightning_compress.callbacks.loading import restoring_shapes, save_shapes
 from lightning_compress.callbacks.masking import MaskKeeper
 from lightning_compress.callbacks.order import Claim, check_together
@@ -182,29 +183,15 @@ class StructuredPruning(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self.enabled:
             return
-        restore_data_place(trainer)
-        if self._restored is not None:
-            self.history = [(int(step), float(target), float(gone)) for step, target, gone in self._restored["history"]]
-            self._removals = int(self._restored["removals"])
-            self._plan().survivors.load_state_dict(self._restored["units"])
-            self.clock.load_state_dict(self._restored["clock"])
-            self.gathering.load_state_dict(self._restored["gathered"])
-            self._restored = None
-            self._mask(trainer)
-        elif self.clock.steps == 0 and trainer.global_step > 0:  # resumed from a run without this callback
-            self.clock.start_at(trainer.global_step // max(1, len(trainer.optimizers)))
+        go_on(trainer, self.clock, self._restored, lambda state: self._take_over(state, trainer))
+        self._restored = None
         late = self.clock.steps >= self.times.begin and self._amount(self.clock.steps) > 0.0
         if not self.history and late and not self._needs_steps:
             self._update(trainer, self.clock.steps)
         self._remove_if_due(trainer, pl_module)
 
     on_train_end = warn_if_unfinished
-
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._release()
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self._release()
+    teardown = on_exception = release
 
     def _release(self) -> None:
         self.clock.detach()
@@ -264,8 +251,7 @@ class StructuredPruning(L.Callback):
             self._remove_if_due(trainer, pl_module)
         if self._unlogged:
             size = float(sum(parameter.numel() for parameter in pl_module.parameters()))
-            for logger in trainer.loggers:
-                logger.log_metrics({**self._unlogged, "compress/parameters": size}, step=trainer.global_step)
+            log(trainer, {**self._unlogged, "compress/parameters": size})
             self._unlogged = {}
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
@@ -296,3 +282,11 @@ class StructuredPruning(L.Callback):
         if self.enabled and state_dict:
             check_state(state_dict, self.recipe(), self)
             self._restored = state_dict
+
+    def _take_over(self, state: dict[str, Any], trainer: L.Trainer) -> None:
+        self.history = [(int(step), float(target), float(gone)) for step, target, gone in state["history"]]
+        self._removals = int(state["removals"])
+        self._plan().survivors.load_state_dict(state["units"])
+        self.clock.load_state_dict(state["clock"])
+        self.gathering.load_state_dict(state["gathered"])
+        self._mask(trainer)

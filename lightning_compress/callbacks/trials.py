@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as L
 
 from lightning_compress.callbacks.contract import SHARDING
+from lightning_compress.callbacks.lifecycle import log
 from lightning_compress.callbacks.quantization import QuantizationAwareTraining
 from lightning_compress.errors import CompressError, UnsupportedStrategy
 from lightning_compress.search.command_trial import PROGRESS, RESULT
@@ -67,8 +68,7 @@ class TrialResult(L.Callback):
             for name, trained in callback.ranges().items()
         }
         size_bytes = save_weights(pl_module, self.folder / WEIGHTS, ranges)
-        for logger in trainer.loggers:
-            logger.log_metrics({"search/size_bytes": float(size_bytes)}, step=trainer.global_step)
+        log(trainer, {"search/size_bytes": float(size_bytes)})
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         beside = self.folder / f"{RESULT}.part"  # the search must not read half a file
         beside.write_text(json.dumps({**metrics, "size_bytes": size_bytes}), encoding="utf-8")

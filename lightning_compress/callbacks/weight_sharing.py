@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from lightning_compress.callbacks.averages import averaged_models
-from lightning_compress.callbacks.clock import Clock, restore_data_place, run_length
+from lightning_compress.callbacks.clock import Clock, run_length
 from lightning_compress.callbacks.contract import (
     check_state,
     check_unclaimed,
@@ -22,6 +22,7 @@ from lightning_compress.callbacks.contract import (
     state_key,
     warn_if_unfinished,
 )
+from lightning_compress.callbacks.lifecycle import go_on, log_unlogged, release
 from lightning_compress.callbacks.masking import ELEMENTWISE
 from lightning_compress.callbacks.order import Claim, check_together
 from lightning_compress.callbacks.sameness import takes_part
@@ -152,12 +153,8 @@ class WeightSharing(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self.enabled:
             return
-        restore_data_place(trainer)
-        if self._restored is not None:
-            self._take_over(self._restored)
-            self._restored = None
-        elif self.clock.steps == 0 and trainer.global_step > 0:  # resumed from a run without this callback
-            self.clock.start_at(trainer.global_step // max(1, len(trainer.optimizers)))
+        go_on(trainer, self.clock, self._restored, self._take_over)
+        self._restored = None
         self._share_if_due(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -166,11 +163,7 @@ class WeightSharing(L.Callback):
             self._average(average)
         warn_if_unfinished(self, trainer, pl_module)
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._release()
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self._release()
+    teardown = on_exception = release
 
     def _release(self) -> None:
         self.clock.detach()
@@ -181,10 +174,7 @@ class WeightSharing(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         # Not inside the step, where it would matter whether pruning has zeroed its weights yet.
         self._share_if_due(trainer)
-        if self._unlogged:
-            for logger in trainer.loggers:
-                logger.log_metrics(self._unlogged, step=trainer.global_step)
-            self._unlogged = {}
+        log_unlogged(self, trainer)
 
     @torch.no_grad()
     def _share_if_due(self, trainer: L.Trainer) -> None:

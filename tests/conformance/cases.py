@@ -117,6 +117,10 @@ class Row:
     excused: Mapping[str, str] = field(default_factory=dict)
 
 
+# What is true of every callback that looks at no weight.
+NO_DECISION = {"NaN weights are named": "it takes no decision from weights; the loss is NaN, as without it"}
+
+
 # Pruning
 
 
@@ -337,18 +341,26 @@ def projections(run: Run) -> dict[str, Tensor]:
 # Distillation whose terms are weighed by their gradients, and from a teacher of int8 weights
 
 
-def weighed_by_gradients(module: L.LightningModule) -> list[L.Callback]:
-    return distillation(module, details=Teaching(balanced="gradient"))
-
-
-def taught_by_integers(module: L.LightningModule) -> list[L.Callback]:
-    return distillation(module, details=Teaching(precision="int8"))
-
-
 def sizes_of_terms(run: Run) -> dict[str, Tensor]:
     sizes = run.of(Distillation).state_dict()["sizes"]
     assert sizes
     return {str(name): torch.as_tensor(value) for name, value in sizes.items()}
+
+
+def teaching_row(name: str, details: Teaching, memory: Callable[[Run], dict[str, Tensor]], **excused: str) -> Row:
+    """A row of Distillation from another model, which differs by its details alone."""
+    make = functools.partial(distillation, details=details)
+    return Row(
+        name,
+        Distillation,
+        make=make,
+        default=make,
+        off=(functools.partial(make, enabled=False),),
+        acted=taught,
+        memory=memory,
+        logs=frozenset({"compress/loss/task", "compress/loss/kd"}),
+        excused={**NO_DECISION, **{promise.replace("_", " "): why for promise, why in excused.items()}},
+    )
 
 
 # Distillation from the student's own average
@@ -486,7 +498,7 @@ ROWS: tuple[Row, ...] = (
         compressed=lambda run: fake_quantized(run.module, run.of(QuantizationAwareTraining).ranges()),
         logs=frozenset({"compress/bits"}),
         phases=4,
-        excused={"NaN weights are named": "it takes no decision from weights; the loss is NaN, as without it"},
+        excused=NO_DECISION,
     ),
     Row(
         "quantization-learned",
@@ -499,7 +511,7 @@ ROWS: tuple[Row, ...] = (
         compressed=lambda run: fake_quantized(run.module, run.of(QuantizationAwareTraining).ranges()),
         logs=frozenset({"compress/bits"}),
         phases=4,
-        excused={"NaN weights are named": "it takes no decision from weights; the loss is NaN, as without it"},
+        excused=NO_DECISION,
     ),
     Row(
         "quantization-ruled",
@@ -512,7 +524,7 @@ ROWS: tuple[Row, ...] = (
         compressed=lambda run: fake_quantized(run.module, run.of(QuantizationAwareTraining).ranges()),
         logs=frozenset({"compress/bits"}),
         phases=4,
-        excused={"NaN weights are named": "it takes no decision from weights; the loss is NaN, as without it"},
+        excused=NO_DECISION,
     ),
     Row(
         "distillation",
@@ -522,7 +534,7 @@ ROWS: tuple[Row, ...] = (
         off=(lambda module: distillation(module, weight=0.0), lambda module: distillation(module, enabled=False)),
         acted=taught,
         logs=frozenset({"compress/loss/task", "compress/loss/kd"}),
-        excused={"NaN weights are named": "it takes no decision from weights; the loss is NaN, as without it"},
+        excused=NO_DECISION,
     ),
     Row(
         "distillation-layers",
@@ -534,34 +546,17 @@ ROWS: tuple[Row, ...] = (
         memory=projections,
         logs=frozenset({"compress/loss/task", "compress/loss/kd", "compress/loss/feature_mse"}),
         excused={
-            "NaN weights are named": "it takes no decision from weights; the loss is NaN, as without it",
+            **NO_DECISION,
             "checkpoints are plain": "it holds projections and their Adam: tests/callbacks/test_distillation_layers.py",
         },
     ),
-    Row(
+    teaching_row(
         "distillation-gradient",
-        Distillation,
-        make=weighed_by_gradients,
-        default=weighed_by_gradients,
-        off=(lambda module: distillation(module, details=Teaching(balanced="gradient"), enabled=False),),
-        acted=taught,
-        memory=sizes_of_terms,
-        logs=frozenset({"compress/loss/task", "compress/loss/kd"}),
-        excused={
-            "NaN weights are named": "it takes no decision from weights; the loss is NaN, as without it",
-            "accumulation equals the larger batch": "each batch is weighed by the norms known when it is taught",
-        },
+        Teaching(balanced="gradient"),
+        sizes_of_terms,
+        accumulation_equals_the_larger_batch="each batch is weighed by the norms known when it is taught",
     ),
-    Row(
-        "distillation-int8",
-        Distillation,
-        make=taught_by_integers,
-        default=taught_by_integers,
-        off=(lambda module: distillation(module, details=Teaching(precision="int8"), enabled=False),),
-        acted=taught,
-        logs=frozenset({"compress/loss/task", "compress/loss/kd"}),
-        excused={"NaN weights are named": "it takes no decision from weights; the loss is NaN, as without it"},
-    ),
+    teaching_row("distillation-int8", Teaching(precision="int8"), _nothing),
     Row(
         "mean-teacher",
         Distillation,
@@ -572,7 +567,7 @@ ROWS: tuple[Row, ...] = (
         memory=averages,
         logs=frozenset({"compress/loss/task", "compress/loss/kd"}),
         excused={
-            "NaN weights are named": "it takes no decision from weights; the loss is NaN, as without it",
+            **NO_DECISION,
             "checkpoints are plain": "it holds the average: tests/callbacks/test_distillation_layers.py",
         },
     ),
