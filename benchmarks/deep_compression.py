@@ -32,7 +32,7 @@ from images import Data, batches, digits, fashion_mnist
 from int8 import processor
 from networks import Tuned, lenet5_caffe, lenet_300_100
 from torch import nn
-from training import quiet_trainer
+from training import kept, quiet_trainer
 
 from lightning_compress import GradualPruning, WeightSharing, load_packed, pack
 from lightning_compress.measure.entropy import entropy_bound_bytes
@@ -102,15 +102,8 @@ def run(name: str, data_name: str, seed: int, options: argparse.Namespace) -> No
     fresh = NETS[name]()
     raw = sum(4 * parameter.numel() for parameter in fresh.parameters())
     key = {"net": name, "data": data_name, "seed": seed}
-    kept = options.cache / f"{name}-{data_name}-{seed}.pt"
-    if kept.is_file():
-        dense = copy.deepcopy(fresh)
-        dense.load_state_dict(torch.load(kept, weights_only=True))
-        dense.eval()
-    else:
-        dense = train(fresh, data, seed, first, RATE)
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(dense.state_dict(), kept)
+    path = options.cache / f"{name}-{data_name}-{seed}.pt"
+    dense = kept(path, copy.deepcopy(fresh), lambda net: train(net, data, seed, first, RATE))
     add({**key, "sparsity": 0.0, "entries": 0}, {**file_of(dense, fresh, data), "raw_bytes": raw}, options)
     measure = run_trained if options.trained else run_shared_after
     for sparsity in options.sparsity:

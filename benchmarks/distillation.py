@@ -34,6 +34,7 @@ from images import DATA_DIR, Data, digits, fashion_mnist
 from int8 import processor
 from torch import nn
 from torch.utils.data import TensorDataset
+from training import kept
 
 from lightning_compress import Distillation, GradualPruning, QuantizationAwareTraining
 from lightning_compress.distillation.details import Details
@@ -134,17 +135,6 @@ def accuracy(net: nn.Module, data: TensorDataset) -> float:
     images, labels = data.tensors
     found = torch.cat([net(batch).argmax(1) for batch in images.split(1000)])
     return round(100.0 * float((found == labels).float().mean()), 3)
-
-
-def kept(path: Path, net: nn.Module, train: Callable[[nn.Module], nn.Module]) -> nn.Module:
-    """Return a net with the weights of a file, or trained, and then kept there."""
-    if path.is_file():
-        net.load_state_dict(torch.load(path, weights_only=True))
-        return net.eval()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    trained = train(net)
-    torch.save(trained.state_dict(), path)
-    return trained
 
 
 class School:

@@ -16,7 +16,7 @@ from networks import Tuned
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
-from training import quiet_trainer
+from training import kept, quiet_trainer
 
 from lightning_compress import GradualPruning, QuantizationAwareTraining
 from lightning_compress.pruning.patterns import Unstructured
@@ -25,6 +25,7 @@ from lightning_compress.quantization.outputs import rounded_as_trained
 from lightning_compress.search.space import Range, Recipe
 from lightning_compress.search.stored import save_weights
 
+Model = L.LightningModule
 LATER = 1000  # added to a seed after the dense phase: other batches than the dense model has seen first
 PRUNED, OFTEN, ROUNDED = (0.0, 0.6), 0.05, (0.0, 0.05, 0.8)  # fractions of a trial
 TEXT_RATE = 1e-4  # of a trial; the dense model is trained with twice that
@@ -37,7 +38,7 @@ class Task:
 
     dense: L.LightningModule
     groups: dict[str, list[str]]
-    fit: Callable[[L.LightningModule, list[L.Callback]], None]
+    fit: Callable[[Model, list[L.Callback]], Model]
     accuracies: Callable[[L.LightningModule], tuple[float, float]]  # held out from training, and test
     loss: Callable[[nn.Module], float]  # on some training data, for sensitivities
     also: Sequence[str] = ()  # layers that are int8 in each trial, and never pruned
@@ -94,11 +95,12 @@ def images(seed: int, options: argparse.Namespace, steps: int = 200, dense_steps
     train, held = order[:10_000], order[10_000:15_000]
     own = TensorDataset(x[train], y[train])
 
-    def fit(model: L.LightningModule, callbacks: list[L.Callback], at: int = LATER, last: int = steps) -> None:
+    def fit(model: Model, callbacks: list[L.Callback], at: int = LATER, last: int = steps) -> Model:
         sampler = RandomSampler(own, generator=torch.Generator().manual_seed(seed + at))
         torch.manual_seed(seed + at)
         trainer = quiet_trainer(callbacks, max_steps=last)
         trainer.fit(model.train(), DataLoader(own, 64, sampler=sampler, drop_last=True))
+        return model
 
     def accuracies(model: L.LightningModule) -> tuple[float, float]:
         return right(model.net, x[held], y[held]), right(model.net, *data.test.tensors)
@@ -119,17 +121,6 @@ def right(net: nn.Module, x: Tensor, y: Tensor) -> float:
     return float((found == y).double().mean())
 
 
-def kept(path: Path, model: L.LightningModule, train: Callable[[L.LightningModule], object]) -> L.LightningModule:
-    """Return the model with the weights of a file, or trained, and then kept there."""
-    if path.is_file():
-        model.load_state_dict(torch.load(path, weights_only=True))
-    else:
-        train(model)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(model.state_dict(), path)
-    return model.eval()
-
-
 def text(seed: int, options: argparse.Namespace, steps: int = 60, dense_steps: int = 125) -> Task:
     """MiniLM on Rotten Tomatoes: a group is one of its six blocks; 32 sentences a step, in float32."""
     import minilm
@@ -141,10 +132,11 @@ def text(seed: int, options: argparse.Namespace, steps: int = 60, dense_steps: i
     def accuracies(model: L.LightningModule) -> tuple[float, float]:
         return score(model, data, held)[0], score(model, data, data.test)[0]
 
-    def fit(model: L.LightningModule, callbacks: list[L.Callback], at: int = LATER, last: int = steps) -> None:
+    def fit(model: Model, callbacks: list[L.Callback], at: int = LATER, last: int = steps) -> Model:
         L.seed_everything(seed + at, verbose=False)
         batches = DataLoader(train, recipe.batch_size, shuffle=True, drop_last=True, collate_fn=data.batch_of)
         quiet_trainer(callbacks, max_steps=last).fit(model.train(), batches)
+        return model
 
     L.seed_everything(seed, verbose=False)
     first = minilm.start(recipe, Path())

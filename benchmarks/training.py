@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
 
 import lightning.pytorch as L
+import torch
+from torch import nn
 from torch.utils.data import IterableDataset
 
 RUN_STEPS = 10**6
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class Endless(IterableDataset):
@@ -35,3 +39,14 @@ def quiet_trainer(callbacks: list[L.Callback], **options: Any) -> L.Trainer:
         enable_model_summary=False,
         **{"logger": False, **options},
     )
+
+
+def kept(path: Path, module: Module, train: Callable[[Module], Module]) -> Module:
+    """Return a module with the weights of a file, or trained, and then kept there; in eval mode."""
+    if path.is_file():
+        module.load_state_dict(torch.load(path, weights_only=True))
+        return module.eval()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    trained = train(module)
+    torch.save(trained.state_dict(), path)
+    return trained.eval()

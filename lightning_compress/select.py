@@ -23,6 +23,7 @@ __all__ = [
     "layers_of",
     "matching_layers",
     "matching_modules",
+    "names_of_parameters",
     "patterns_or_none",
     "select_layers",
     "select_weights",
@@ -131,6 +132,19 @@ def _nothing(module: nn.Module, kinds: tuple[type[nn.Module], ...], skipped: Map
         f"{reasons}. "
         f"Name what to compress with include=[...] or take patterns out of exclude"
     )
+
+
+def names_of_parameters(module: nn.Module) -> dict[int, list[str]]:
+    """Return every name of each parameter, by its id; one that is tied has several.
+
+    >>> layer = nn.Linear(2, 2)
+    >>> [len(names) for names in names_of_parameters(nn.ModuleList([layer, layer])).values()]
+    [2, 2]
+    """
+    found: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        found.setdefault(id(parameter), []).append(name)
+    return found
 
 
 def select_weights(

@@ -22,6 +22,7 @@ from lightning_compress.export.tracing import Inputs, evaluating, inputs_beside
 from lightning_compress.export.verify import LEAST_SQNR_DB, sqnr_db
 from lightning_compress.quantization.grid import Range
 from lightning_compress.quantization.outputs import Ranges, rounded_as_trained
+from lightning_compress.select import names_of_parameters
 
 __all__ = ["export_pretrained"]
 
@@ -140,9 +141,7 @@ def _own_ranges(target: nn.Module, ranges: Ranges, model: str) -> dict[str, Rang
 
 def _state(target: nn.Module, ranges: Mapping[str, Range], schemes: Mapping[str, Any]) -> dict[str, Tensor]:
     state = {name: value.detach().cpu() for name, value in target.state_dict().items()}
-    holders: dict[int, list[str]] = {}
-    for name, parameter in target.named_parameters(remove_duplicate=False):
-        holders.setdefault(id(parameter), []).append(name)
+    holders = names_of_parameters(target)
     for name, trained in ranges.items():
         weight = target.get_submodule(name).get_parameter("weight")
         if len(holders[id(weight)]) > 1:

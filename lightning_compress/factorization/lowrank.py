@@ -19,7 +19,7 @@ from lightning_compress.factorization.svd import (
     whitened,
 )
 from lightning_compress.pruning.calibration import evaluating, run
-from lightning_compress.select import Pattern, patterns_or_none, select_layers
+from lightning_compress.select import Pattern, names_of_parameters, patterns_or_none, select_layers
 
 __all__ = ["factorize", "merge"]
 
@@ -101,9 +101,7 @@ def merge(module: nn.Module) -> list[str]:
 
 
 def _check(module: nn.Module, layers: Mapping[str, nn.Linear]) -> None:
-    holders: dict[int, list[str]] = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        holders.setdefault(id(parameter), []).append(name)
+    holders = names_of_parameters(module)
     for name, layer in layers.items():
         weight, cure = layer.weight, f"exclude '{name}'"
         if not name:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.packing.tensors import Codes
+from lightning_compress.packing.tensors import Codes, Version
 from lightning_compress.quantization.grid import Range
 from lightning_compress.quantization.outputs import Ranges, outputs_of
 from lightning_compress.quantization.projections import weight_names
@@ -17,25 +20,23 @@ __all__ = ["rounded_weights"]
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
-@torch.no_grad()
-def rounded_weights(module: nn.Module, ranges: Ranges) -> dict[str, tuple[Tensor, Codes | None]]:
-    """Return the rounded weight of each layer with a range, by its key, and codes that give it. Runs when it is packed.
+def rounded_weights(module: nn.Module, ranges: Ranges) -> dict[str, Callable[[], Version]]:
+    """Return, by the key of each weight with a range, what rounds it and finds codes for it. Runs when it is packed.
 
-    Codes are None where the grid has none, as floating formats, or none whose product with scales is the rounded
-    weight to the bit.
+    Nothing is rounded before it is asked for, so that a file is written one weight at a time. Codes are None where the
+    grid has none, as floating formats, or none whose product with scales is the rounded weight to the bit.
 
     Raises:
         AttributeError: a range names no layer of the module.
     """
     layers = outputs_of(ranges)[0]
     names = weight_names(module, layers)
-    found: dict[str, tuple[Tensor, Codes | None]] = {}
+    found: dict[str, Callable[[], Version]] = {}
     for layer, trained in layers.items():
         name = names[layer]
         owner = module.get_submodule(name.rpartition(".")[0])
         groups = owner.groups if isinstance(owner, TRANSPOSED) else 0
-        weight = module.get_parameter(name).detach().cpu()
-        rounded = _rounded(weight, trained, groups)
+        rounded = functools.partial(_rounded, module.get_parameter(name), trained, groups)
         found |= dict.fromkeys(_keys(module, owner, name.rpartition(".")[2]), rounded)
     return found
 
@@ -46,8 +47,10 @@ def _keys(module: nn.Module, owner: nn.Module, own: str) -> list[str]:
     return [f"{name}.{own}" if name else own for name in places]
 
 
-def _rounded(weight: Tensor, trained: Range, groups: int) -> tuple[Tensor, Codes | None]:
+@torch.no_grad()
+def _rounded(parameter: Tensor, trained: Range, groups: int) -> Version:
     """A transposed convolution of several groups has no codes here: its channels lie in two dimensions."""
+    weight = parameter.detach().cpu()
     rows = output_first(weight, groups) if groups else weight
     rounded = trained.weight_grid.rounded(rows, trained.weights_learned)
     pair = _codes(rows, trained)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -90,12 +91,12 @@ def pack_levels(
         raise ValueError(
             f"expected 1 to {MOST_LEVELS} versions and as many ranges, got {len(modules)} and {len(given)}"
         )
-    versions = [_versions(module, own, signed_zeros) for module, own in zip(modules, given, strict=True)]
-    _check_alike(versions)
-    same = _ties(modules, versions)
+    levels = [_level(module, own, signed_zeros) for module, own in zip(modules, given, strict=True)]
+    _check_alike([level.state for level in levels])
+    same = _ties(levels)
     with tempfile.TemporaryFile() as tensors, written_at_the_end(Path(path)) as unfinished:
-        names = [name for name in versions[0] if name not in same]
-        entries = [_written(name, [version[name] for version in versions], tensors) for name in names]
+        names = [name for name in levels[0].state if name not in same]
+        entries = [_written(name, [level.version(name) for level in levels], tensors) for name in names]
         with unfinished.open("wb") as file:
             write_head(file, Directory(tuple(entries), same))
             tensors.seek(0)
@@ -103,22 +104,28 @@ def pack_levels(
     return Path(path)
 
 
-def _state(module: Model) -> dict[str, Tensor]:
-    return dict(module.state_dict() if isinstance(module, nn.Module) else module)
+@dataclass(frozen=True)
+class _Level:
+    """One version of the model. Its tensors are rounded one at a time, when they are written."""
+
+    state: Mapping[str, Tensor]
+    rounded: Mapping[str, Callable[[], Version]]
+    signed_zeros: bool
+
+    def version(self, name: str) -> Version:
+        """Return a tensor as it is to come back, with its codes."""
+        version = self.rounded[name]() if name in self.rounded else (self.state[name], None)
+        return version if self.signed_zeros else _without_signs(*version)
 
 
-def _versions(module: Model, ranges: Ranges | None, signed_zeros: bool) -> dict[str, Version]:
-    """Each tensor as it is to come back, with its codes; nothing is copied that is not rounded."""
+def _level(module: Model, ranges: Ranges | None, signed_zeros: bool) -> _Level:
+    state = dict(module.state_dict() if isinstance(module, nn.Module) else module)
     if ranges and not isinstance(module, nn.Module):
         raise TypeError("ranges are of a module's layers, got a state dict beside them; give the module")
-    state = _state(module)
     for name, tensor in state.items():
         _check(name, tensor)
-    grids = rounded_weights(module, ranges) if ranges and isinstance(module, nn.Module) else {}
-    versions = {name: grids.get(name, (tensor, None)) for name, tensor in state.items()}
-    if signed_zeros:
-        return versions
-    return {name: _without_signs(tensor, codes) for name, (tensor, codes) in versions.items()}
+    rounded = rounded_weights(module, ranges) if ranges and isinstance(module, nn.Module) else {}
+    return _Level(state, rounded, signed_zeros)
 
 
 def _check(name: str, tensor: object) -> None:
@@ -136,11 +143,11 @@ def _check(name: str, tensor: object) -> None:
         )
 
 
-def _check_alike(versions: Sequence[Mapping[str, Version]]) -> None:
-    for level, version in enumerate(versions[1:], 1):
-        for name in [*versions[0], *version]:
-            first, own = (None if name not in of else (tuple(of[name][0].shape), of[name][0].dtype) for of in
-                          (versions[0], version))  # fmt: skip
+def _check_alike(states: Sequence[Mapping[str, Tensor]]) -> None:
+    for level, state in enumerate(states[1:], 1):
+        for name in [*states[0], *state]:
+            first, own = (None if name not in of else (tuple(of[name].shape), of[name].dtype) for of in
+                          (states[0], state))  # fmt: skip
             if first != own:
                 raise ValueError(
                     f"versions of one model have the same tensors, but '{name}' is {first} in the first and {own} in "
@@ -148,15 +155,16 @@ def _check_alike(versions: Sequence[Mapping[str, Version]]) -> None:
                 )
 
 
-def _ties(modules: Sequence[Model], versions: Sequence[Mapping[str, Version]]) -> dict[str, str]:
+def _ties(levels: Sequence[_Level]) -> dict[str, str]:
     """Keys whose tensor is another key's in every version: one of them alone may be rounded, which parts them."""
-    found = [ties_of(_state(module)) for module in modules]
-    return {
-        name: holder
-        for name, holder in found[0].items()
-        if all(other.get(name) == holder for other in found)
-        and all(np.array_equal(bits_of(own[name][0]), bits_of(own[holder][0])) for own in versions)
-    }
+    found = [ties_of(level.state) for level in levels]
+
+    def alike(name: str, holder: str) -> bool:
+        pairs = ((level.version(name)[0], level.version(holder)[0]) for level in levels)
+        return all(np.array_equal(bits_of(own), bits_of(other)) for own, other in pairs)
+
+    shared = {name: holder for name, holder in found[0].items() if all(other.get(name) == holder for other in found)}
+    return {name: holder for name, holder in shared.items() if alike(name, holder)}
 
 
 def _without_signs(tensor: Tensor, codes: Codes | None) -> Version:

@@ -7,7 +7,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["Start", "codebook_gradient", "density", "kmeans", "linear", "nearest_entry", "plus_plus", "shared_values"]
+__all__ = [
+    "Start",
+    "codebook_gradient",
+    "density",
+    "found_entries",
+    "kmeans",
+    "linear",
+    "nearest_entry",
+    "plus_plus",
+    "shared_values",
+]
 
 Start = Callable[[Tensor, int], Tensor]
 MOST_ENTRIES = 256
@@ -114,31 +124,44 @@ def kmeans(values: Tensor, entries: int, start: Start = linear, steps: int = 50)
 
 
 @torch.no_grad()
-def shared_values(weight: Tensor, entries: int, start: Start = linear) -> Tensor:
-    """Return a weight whose values are those of a codebook; zeros stay zeros, as an entry of their own.
-
-    Han et al. 2016, section 3. Where the weight has zeros, one of the entries is theirs.
+def found_entries(weight: Tensor, entries: int, start: Start = linear) -> tuple[Tensor, Tensor]:
+    """Return which value each weight gets, and the values. Han et al. 2016, section 3. Runs where weights are shared.
 
     Args:
         weight: any shape, finite.
-        entries: 2 to 256 for a weight with zeros, that of the zeros counted.
+        entries: 2 to 256, that of zeros counted where the weight has zeros.
         start: of k-means.
+
+    Returns:
+        int64 of the weight's shape, and (entries + 1,) of its dtype: place 0 is that of zeros, which stay zeros.
 
     Raises:
         ValueError: entries out of range, values that are not finite.
+
+    >>> found_entries(torch.tensor([0.0, 1.0, 1.2, -3.0]), 3)
+    (tensor([0, 2, 2, 1]), tensor([ 0.0000, -3.0000,  1.1000]))
+    """
+    kept = weight != 0
+    values = weight[kept]
+    places = torch.zeros_like(weight, dtype=torch.int64)
+    if not len(values):
+        return places, weight.new_zeros(1)
+    book = kmeans(values, entries - (len(values) < weight.numel()), start)
+    places[kept] = nearest_entry(values, book) + 1
+    return places, torch.cat([book.new_zeros(1), book])
+
+
+def shared_values(weight: Tensor, entries: int, start: Start = linear) -> Tensor:
+    """Return a weight whose values are those of a codebook; zeros stay zeros, as an entry of their own.
+
+    Arguments and errors are those of `found_entries`.
 
     >>> shared_values(torch.tensor([[0.0, 1.0], [1.2, -3.0]]), 3)
     tensor([[ 0.0000,  1.1000],
             [ 1.1000, -3.0000]])
     """
-    kept = weight != 0
-    values = weight[kept]
-    if not len(values):
-        return weight.clone()
-    book = kmeans(values, entries - (len(values) < weight.numel()), start)
-    shared = torch.zeros_like(weight)
-    shared[kept] = book[nearest_entry(values, book)]
-    return shared
+    places, book = found_entries(weight, entries, start)
+    return book[places]
 
 
 def codebook_gradient(gradient: Tensor, codes: Tensor, entries: int) -> Tensor:

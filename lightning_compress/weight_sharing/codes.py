@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_compress.pruning.masks import pack_mask, unpack_mask
-from lightning_compress.weight_sharing.codebook import Start, kmeans, linear, nearest_entry
+from lightning_compress.weight_sharing.codebook import Start, found_entries, linear
 
 __all__ = ["Codes", "found_codes", "pack_codes", "unpack_codes"]
 
@@ -64,7 +64,6 @@ class Codes:
         return Codes(self.entry.to(device), self.counts.to(device))
 
 
-@torch.no_grad()
 def found_codes(weight: Tensor, entries: int, start: Start = linear) -> Codes:
     """Return the codes of a weight by k-means. Zeros have an entry of their own, which is one of `entries`.
 
@@ -76,13 +75,7 @@ def found_codes(weight: Tensor, entries: int, start: Start = linear) -> Codes:
     >>> found_codes(torch.tensor([0.0, 1.0, 1.2, -3.0]), 3).entry
     tensor([0, 2, 2, 1], dtype=torch.int32)
     """
-    kept = weight != 0
-    values = weight[kept]
-    codes = torch.zeros_like(weight, dtype=torch.int32)
-    if len(values):
-        book = kmeans(values, entries - (len(values) < weight.numel()), start)
-        codes[kept] = nearest_entry(values, book).int() + 1
-    return Codes.of(codes)
+    return Codes.of(found_entries(weight, entries, start)[0].int())
 
 
 def pack_codes(codes: Codes) -> Tensor:
