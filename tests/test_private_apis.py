@@ -45,7 +45,7 @@ PRIVATE_IMPORTS = {
     "measure/products.py": ("torch.utils._python_dispatch", "torch.utils._python_dispatch.TorchDispatchMode"),
     "quantization/dataflow.py": ("torch.utils._python_dispatch", "torch.utils._python_dispatch.TorchDispatchMode"),
 }
-OURS = {"_data"}  # our own package
+OURS = {"_data", "_release", "_unlogged"}  # our own package: a name, and what our callbacks declare in lifecycle.py
 ROOTS = {"torch", "lightning", "lightning_utilities", "lightning_fabric"}
 
 
