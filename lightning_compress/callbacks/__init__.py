@@ -3,6 +3,7 @@
 from lightning_compress.callbacks.distillation import Distillation
 from lightning_compress.callbacks.gate import ReadyGate
 from lightning_compress.callbacks.lottery import LotteryRewinding
+from lightning_compress.callbacks.low_rank import LowRank
 from lightning_compress.callbacks.monitor import CompressionMonitor
 from lightning_compress.callbacks.pruning import GradualPruning
 from lightning_compress.callbacks.quantization import QuantizationAwareTraining
@@ -16,6 +17,7 @@ __all__ = [
     "Distillation",
     "GradualPruning",
     "LotteryRewinding",
+    "LowRank",
     "QuantizationAwareTraining",
     "ReadyGate",
     "Reconstruction",

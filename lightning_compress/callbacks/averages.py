@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import lightning.pytorch as L
 import torch
 from torch import nn
 
+from lightning_compress.factorization.factors import Factored, factored_layers, restore_factors
 from lightning_compress.sharding import clean_name
 
-__all__ = ["averaged_models", "averaged_modules"]
+__all__ = ["averaged_models", "averaged_modules", "restart_averages"]
 
 
 def averaged_modules(trainer: L.Trainer) -> Iterator[nn.Module]:
@@ -29,3 +30,18 @@ def averaged_models(trainer: L.Trainer) -> Iterator[dict[str, nn.Parameter]]:
     """Yield the parameters of each averaged copy by clean name."""
     for average in averaged_modules(trainer):
         yield {clean_name(name): parameter for name, parameter in average.named_parameters()}
+
+
+def restart_averages(trainer: L.Trainer, factored: Mapping[str, Factored]) -> None:
+    """Let averages of layers that became two begin anew at their factors: those of an average are no average of theirs.
+
+    Args:
+        trainer: of this run.
+        factored: the layers by clean name.
+    """
+    for average in averaged_modules(trainer):
+        restore_factors(average, {name: layer.rank for name, layer in factored.items()})
+        for name, copy in factored_layers(average).items():
+            for part in ("down", "up"):
+                weight = factored[name].get_submodule(part).get_parameter("weight")
+                copy.get_submodule(part).get_parameter("weight").copy_(weight)

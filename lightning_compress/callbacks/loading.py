@@ -14,11 +14,13 @@ from lightning_compress.callbacks.averages import averaged_modules
 from lightning_compress.callbacks.contract import SHARDING
 from lightning_compress.callbacks.step import intercept
 from lightning_compress.errors import CheckpointMismatch
+from lightning_compress.factorization.factors import describe_factors, restore_factors
 from lightning_compress.pruning.shrink import describe_shapes, restore_shapes
 
-__all__ = ["SIGNPOST", "load_from_checkpoint", "restoring_shapes", "save_shapes"]
+__all__ = ["SIGNPOST", "load_from_checkpoint", "restoring_shapes", "save_factors", "save_shapes"]
 
 SHAPES = "lightning_compress_shapes"
+FACTORS = "lightning_compress_factors"
 # A plain strict load names unexpected keys: this one says what to do.
 SIGNPOST = (
     "this checkpoint is of a shrunken model; load it with lightning_compress.load_from_checkpoint(path, YourModule)"
@@ -30,12 +32,25 @@ def save_shapes(pl_module: nn.Module, checkpoint: dict[str, Any], shrunken: bool
     """Write down the module's shapes next to its weights, and in the weights a sign for who loads them plainly."""
     checkpoint[SHAPES] = describe_shapes(pl_module)
     if shrunken:
-        checkpoint["state_dict"] = {**checkpoint["state_dict"], SIGNPOST: torch.zeros(0)}
+        _put_up_signpost(checkpoint)
+
+
+def save_factors(pl_module: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Write down which layers are two by now, and in the weights a sign for who loads them plainly."""
+    checkpoint[FACTORS] = describe_factors(pl_module)
+    if checkpoint[FACTORS]:
+        _put_up_signpost(checkpoint)
+
+
+def _put_up_signpost(checkpoint: dict[str, Any]) -> None:
+    checkpoint["state_dict"] = {**checkpoint["state_dict"], SIGNPOST: torch.zeros(0)}
 
 
 def _reshape(pl_module: nn.Module, checkpoint: dict[str, Any]) -> None:
     for state in ("state_dict", "current_model_state"):  # the latter is of Lightning's WeightAveraging
         checkpoint.get(state, {}).pop(SIGNPOST, None)
+    if FACTORS in checkpoint:
+        restore_factors(pl_module, checkpoint[FACTORS])
     if SHAPES in checkpoint:
         restore_shapes(pl_module, checkpoint[SHAPES])
 
@@ -66,7 +81,7 @@ def restoring_shapes(trainer: L.Trainer, pl_module: L.LightningModule) -> Callab
 
 
 def load_from_checkpoint(path: str | Path, module_class: type[Module], **kwargs: Any) -> Module:
-    """Load a checkpoint of a module that StructuredPruning has shrunk: `module_class.load_from_checkpoint`, reshaped.
+    """Load a checkpoint of a module that StructuredPruning or LowRank has changed, as `module_class` would its own.
 
     Args:
         path: a checkpoint made with the callback in the Trainer's list.
@@ -78,10 +93,10 @@ def load_from_checkpoint(path: str | Path, module_class: type[Module], **kwargs:
     """
 
     def on_load_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
-        if SHAPES not in checkpoint:
+        if SHAPES not in checkpoint and FACTORS not in checkpoint:
             raise CheckpointMismatch(
-                f"'{path}' holds no shapes: it was saved with save_weights_only=True or without StructuredPruning; "
-                f"save whole checkpoints, or use {module_class.__name__}.load_from_checkpoint"
+                f"'{path}' holds no shapes: it was saved with save_weights_only=True, or without StructuredPruning and "
+                f"LowRank; save whole checkpoints, or use {module_class.__name__}.load_from_checkpoint"
             )
         _reshape(self, checkpoint)
         module_class.on_load_checkpoint(self, checkpoint)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Protocol, runtime_checkable
 
 from lightning.pytorch.callbacks import ModelPruning
@@ -18,7 +19,16 @@ from lightning_compress.pruning.channels import Removal
 from lightning_compress.quantization.layers import QuantizedLayers
 from lightning_compress.window import Moment
 
-__all__ = ["Claim", "Claiming", "check_channels", "check_claims", "check_shared", "check_together", "check_zeros"]
+__all__ = [
+    "Claim",
+    "Claiming",
+    "check_channels",
+    "check_claims",
+    "check_factored",
+    "check_shared",
+    "check_together",
+    "check_zeros",
+]
 
 
 @dataclass(frozen=True)
@@ -57,7 +67,7 @@ class Removing(Claiming, Protocol):
 
 @runtime_checkable
 class Following(Protocol):
-    """A callback that compares the model's shapes with those of a teacher."""
+    """A callback that compares the model's shapes with those of a teacher, or averages them."""
 
     @property
     def follows(self) -> str:
@@ -151,6 +161,52 @@ from step 5 on; end the pruning before that step, or share later
                 )
 
 
+def check_factored(claims: Iterable[Claim]) -> None:
+    """Raise if a weight is to become two in the run that another callback holds on to.
+
+    >>> factor = Claim("LowRank", "factor", frozenset({"a.weight"}))
+    >>> check_factored([factor, Claim("GradualPruning", "prune", frozenset({"b.weight"}))])
+    >>> check_factored([factor, Claim("GradualPruning", "prune", frozenset({"a.weight"}))])
+    Traceback (most recent call last):
+    ...
+    lightning_compress.errors.IncompatibleCallbacks: LowRank replaces a.weight by two weights in the middle of the \
+run, but GradualPruning has its own part in it; let LowRank act at=0.0 with decompose=svd, so that GradualPruning sees \
+the two, or exclude the layer in one of them
+    """
+    listed = list(claims)
+    for claim in (each for each in listed if each.action == "factor"):
+        layers = frozenset(name.removesuffix(".weight") for name in claim.names)
+        for other in (each for each in listed if each.action not in ("factor", "distil")):
+            both = sorted(claim.names if other.action == "rewind" else other.names & (claim.names | layers))
+            if both:
+                raise IncompatibleCallbacks(
+                    f"{claim.owner} replaces {both[0]} by two weights in the middle of the run, but {other.owner} has "
+                    f"its own part in it; let {claim.owner} act at=0.0 with decompose=svd, so that {other.owner} sees "
+                    f"the two, or exclude the layer in one of them"
+                )
+
+
+def check_first(who: object, callbacks: Iterable[object]) -> None:
+    """Raise if a callback before this one has already looked at shapes that this one is about to change, at `setup`.
+
+    Args:
+        who: replaces layers at `setup`.
+        callbacks: of the run, in order.
+
+    Raises:
+        IncompatibleCallbacks: channels have been traced, or a mean teacher copied.
+    """
+    for callback in takewhile(lambda each: each is not who, callbacks):
+        removing = isinstance(callback, Removing) and callback.removal.times > 0
+        averaging = isinstance(callback, Following) and callback.follows == "MeanTeacher"
+        if removing or averaging:
+            what = "traced the module's channels" if removing else "copied the module for its MeanTeacher"
+            raise IncompatibleCallbacks(
+                f"{type(callback).__name__} has {what} before {type(who).__name__} could replace layers; put "
+                f"{type(who).__name__} before it in the list of callbacks"
+            )
+
+
 def check_claims(claims: Iterable[Claim]) -> None:
     """Raise if two claims do the same to one name.
 
@@ -179,14 +235,22 @@ def check_together(callbacks: Iterable[object]) -> None:
     """Raise if callbacks of this run cannot meet. Runs when each callback knows its targets.
 
     Raises:
-        IncompatibleCallbacks: two of ours claim the same, a pruned weight is binarized, channels go that a grid learns
-            values for, weights are pruned that share values, or Lightning's ModelPruning is in the list as well.
+        IncompatibleCallbacks: two of ours claim the same, a weight becomes two that another one holds, a pruned weight
+            is binarized, channels go that a grid learns values for, weights are pruned that share values, or
+            Lightning's ModelPruning is in the list as well.
     """
     listed = list(callbacks)
     claims = [claim for callback in listed if isinstance(callback, Claiming) for claim in callback.claims()]
     check_claims(claims)
+    check_factored(claims)
     removing = [callback for callback in listed if isinstance(callback, Removing) and callback.removal.times]
+    factoring = [claim.owner for claim in claims if claim.action == "factor"]
     for callback in listed:
+        if isinstance(callback, Following) and callback.follows == "MeanTeacher" and factoring:
+            raise IncompatibleCallbacks(
+                f"{factoring[0]} replaces weights in the middle of the run, which MeanTeacher cannot follow; let "
+                f"{factoring[0]} act at=0.0 with decompose=svd, or teach with StartingModel()"
+            )
         if isinstance(callback, Following) and callback.follows and any(isinstance(c, Removing) for c in listed):
             raise IncompatibleCallbacks(
                 f"StructuredPruning takes channels out of the model while it trains, which {callback.follows} cannot "

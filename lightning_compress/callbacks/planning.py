@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_compress.callbacks.distillation import Distillation
 from lightning_compress.callbacks.lottery import LotteryRewinding
+from lightning_compress.callbacks.low_rank import LowRank
 from lightning_compress.callbacks.pruning import GradualPruning
 from lightning_compress.callbacks.quantization import QuantizationAwareTraining
 from lightning_compress.callbacks.reconstruction import Reconstruction
@@ -39,7 +40,8 @@ __all__ = ["plan", "rehearsed"]
 _POINTS = 20
 # What changes shapes comes first, then what zeroes, then what looks at the zeros.
 _ORDER = (
-    StructuredPruning, SparsityRegularization, Reconstruction, GradualPruning, WeightSharing, QuantizationAwareTraining
+    LowRank, StructuredPruning, SparsityRegularization, Reconstruction, GradualPruning, WeightSharing,
+    QuantizationAwareTraining,
 )  # fmt: skip
 
 
@@ -164,6 +166,17 @@ def _(callback: WeightSharing, acting: Rehearsal, call: ExampleCall | None, step
     fewest, most = min(map(len, books.values())), max(map(len, books.values()))
     values = f"{most}" if fewest == most else f"{fewest} to {most}"
     does = f"lets the weights of {len(books)} layers share {values} values a layer, which are then trained"
+    return Stage(type(callback).__name__, does, (("at", _step(callback.at, steps)),))
+
+
+@rehearsed.register
+def _(callback: LowRank, acting: Rehearsal, call: ExampleCall | None, steps: int | None) -> Stage:
+    ranks = acting.factor(callback.rank, callback.decompose, callback.include, callback.exclude)
+    acting.rows = weighted_layers(acting.module, None if call is None else call.macs(acting.module))
+    fewest, most = min(ranks.values()), max(ranks.values())
+    rank = f"rank {most}" if fewest == most else f"ranks {fewest} to {most}"
+    does = f"makes each of {len(ranks)} layers two of {rank}, which are then trained"
+    does += ", and one again at the end" if callback.merge else ""
     return Stage(type(callback).__name__, does, (("at", _step(callback.at, steps)),))
 
 

@@ -1,88 +1,76 @@
-"""Replace a module's Linear layers by two smaller ones each, where that saves weights, and put them back together."""
+"""Replace a module's layers by two smaller ones each, where that saves weights, and put them back together."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_compress.errors import CompressError, NothingToCompress
-from lightning_compress.factorization.linear import LowRankLinear, factored, merged
-from lightning_compress.factorization.svd import (
-    activation_weighted_svd,
-    rank_for_energy,
-    rank_that_saves,
-    truncated_svd,
-    whitened,
-)
+from lightning_compress.factorization.factors import FACTORABLE, factor, factored_layers, unfactor
+from lightning_compress.factorization.ranks import Energy, Rank, chosen_ranks
+from lightning_compress.factorization.svd import Decomposition, activation_weighted_svd, svd
 from lightning_compress.pruning.calibration import evaluating, run
+from lightning_compress.pruning.hessians import as_matrices, watching
 from lightning_compress.select import Pattern, names_of_parameters, patterns_or_none, select_layers
+from lightning_compress.sharding import clean_name
 
-__all__ = ["factorize", "merge"]
+__all__ = ["Decompose", "check_weights", "decomposed", "factorize", "merge", "select_factorable", "wants"]
+
+Decompose = Callable[..., Decomposition]
+KNOWN = frozenset({"weight", "moment", "fisher"})
 
 
 @torch.no_grad()
 def factorize(
     module: nn.Module,
     batches: Iterable[Any] | None = None,
-    energy: float = 0.95,
-    rank: int | None = None,
+    rank: Rank = Energy(0.95),  # noqa: B008 - frozen
     include: Iterable[Pattern] | Pattern | None = None,
     exclude: Iterable[Pattern] | Pattern | None = None,
 ) -> dict[str, int]:
-    """Replace Linear layers by two smaller ones, in place, where fewer weights and MACs are left. Runs when called.
+    """Replace layers by two smaller ones, in place, where fewer weights and MACs are left. Runs when called.
 
-    With batches by what the layers' inputs make of the error (SVD-LLM, Wang 2024), else by the error of the weight
-    alone. Train the module on afterwards; `merge` gives plain layers back. Keys change for the layers that are
-    replaced: `a.weight` becomes `a.down.weight` and `a.up.weight`.
+    With batches by what the layers' inputs make of the error (`activation_weighted_svd`), else by the error of the
+    weight alone (`svd`). Train the module on afterwards; `merge` gives plain layers back. Keys change for the layers
+    that are replaced: `a.weight` becomes `a.down.weight` and `a.up.weight`. `LowRank` does the same within a run.
 
     Args:
         module: holds the layers; it runs in eval mode on the batches and is put back.
         batches: inputs on the module's device: a tensor, a tuple or list of positional arguments, or a dict of keyword
             arguments each.
-        energy: share of the squared singular values, of the weight or of the weight times the root of its inputs'
-            second moment, that a layer's rank keeps.
-        rank: the same rank for all layers instead.
-        include: names, globs, class names or types; None is every Linear but the output head.
+        rank: one for all layers, or a rule such as `ranks.Energy(0.95)` or `ranks.Budget(0.5)`.
+        include: names, globs, class names or types; None is every Linear, Conv1d and Conv2d but the output head.
         exclude: the same, left as they are.
 
     Returns:
         Name of a replaced layer -> its rank. Layers that would not get smaller are left and not in it.
 
     Raises:
-        ValueError: an energy out of (0, 1], a rank below 1 or above a layer's full one.
+        ValueError: a rank below 1 or above a layer's full one, or a rule's option out of its range.
         NothingToCompress: nothing is selected, or no layer would get smaller.
-        CompressError: a selected layer is the module itself, shares its weight, has a forward of its own, or never
-            runs on the batches; NaN or infinite weights or inputs. No layer has been replaced.
+        CompressError: an included layer shares its weight, has groups or a forward of its own; one never runs on the
+            batches; NaN or infinite weights or inputs. No layer has been replaced.
 
     >>> net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
     >>> factorize(net, rank=8), type(net[0]).__name__
-    ({'0': 8}, 'LowRankLinear')
+    ({'0': 8}, 'Factored')
     """
-    selected = select_layers(module, (nn.Linear,), patterns_or_none(include), patterns_or_none(exclude)).layers
-    layers = {name: layer for name, layer in selected.items() if isinstance(layer, nn.Linear)}
-    _check(module, layers)
+    layers, _ = select_factorable(module, patterns_or_none(include), patterns_or_none(exclude))
+    if not layers:
+        raise NothingToCompress(f"every selected layer of {type(module).__name__} is factored already")
+    check_weights(layers)
     moments = {} if batches is None else _moments(module, layers, batches)
-    ranks = {name: _rank(name, layer.weight, moments.get(name), energy, rank) for name, layer in layers.items()}
-    smaller = {name: own for name, own in ranks.items() if own <= rank_that_saves(*layers[name].weight.shape)}
-    if not smaller:
-        raise NothingToCompress(
-            f"no layer of {type(module).__name__} would get smaller: the ranks are "
-            f"{', '.join(f'{name} {own}' for name, own in ranks.items())}; lower energy or rank"
-        )
-    for name, own in smaller.items():
-        weight, moment = layers[name].weight, moments.get(name)
-        pair = truncated_svd(weight, own) if moment is None else activation_weighted_svd(weight, moment, own)
-        module.set_submodule(name, factored(layers[name], *pair))
-    return smaller
+    method = svd if batches is None else activation_weighted_svd
+    return decomposed(layers, {name: {"moment": moment} for name, moment in moments.items()}, method, rank)
 
 
 @torch.no_grad()
 def merge(module: nn.Module) -> list[str]:
-    """Replace the layers that `factorize` made by one Linear each, in place; its keys are a Linear's again.
+    """Replace the layers that `factorize` or `LowRank` made by a plain one each, in place, under its own keys.
 
     Runs when a user calls it. The weight is the product of the two, rounded once.
 
@@ -92,64 +80,134 @@ def merge(module: nn.Module) -> list[str]:
     Raises:
         NothingToCompress: there are none.
     """
-    layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, LowRankLinear) and name}
+    layers = factored_layers(module)
     if not layers:
         raise NothingToCompress(f"{type(module).__name__} holds no layer that factorize made; nothing is merged")
-    for name, layer in layers.items():
-        module.set_submodule(name, merged(layer))
+    for layer in layers.values():
+        unfactor(layer)
     return list(layers)
 
 
-def _check(module: nn.Module, layers: Mapping[str, nn.Linear]) -> None:
+# What `factorize` and `LowRank` share
+
+
+def select_factorable(
+    module: nn.Module, include: tuple[Pattern, ...] | None, exclude: tuple[Pattern, ...] | None
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """Return the layers that can be two, by clean name, and why others cannot. Runs when called, and at `setup`.
+
+    Layers that are two already are passed over.
+
+    Raises:
+        NothingToCompress: nothing is selected.
+        CompressError: a layer that `include` selects cannot be two.
+    """
+    inside = tuple(f"{name}." for name in factored_layers(module))
+    selection = select_layers(module, FACTORABLE, include, exclude)
     holders = names_of_parameters(module)
+    layers: dict[str, nn.Module] = {}
+    skipped = dict(selection.skipped)
+    for name, layer in selection.layers.items():
+        reason = _why_not(layer, holders)
+        if clean_name(name).startswith(inside) and inside:
+            continue
+        if reason and include is not None:
+            raise CompressError(f"'{name}' {reason}; exclude '{name}'")
+        if reason:
+            skipped[name] = reason
+        else:
+            layers[name] = layer
+    if not layers and not inside:
+        reasons = "; ".join(f"'{name}' {reason}" for name, reason in skipped.items())
+        raise NothingToCompress(f"no layer of {type(module).__name__} can be factored: {reasons}")
+    return layers, skipped
+
+
+def _why_not(layer: nn.Module, holders: Mapping[int, list[str]]) -> str:
+    if type(layer) not in FACTORABLE:
+        return f"is a {type(layer).__name__}, whose own forward would be lost"
+    if int(getattr(layer, "groups", 1)) > 1:
+        return f"has {layer.groups} groups, whose matrices are small already"
+    names = holders.get(id(layer.weight), [])
+    return f"shares its weight ({', '.join(names)})" if len(names) > 1 else ""
+
+
+def wants(method: Decompose) -> frozenset[str]:
+    """Return what a decomposition asks for: the names of its parameters without a default. Runs at construction.
+
+    >>> sorted(wants(activation_weighted_svd))
+    ['moment', 'weight']
+
+    Raises:
+        TypeError: it asks for something unknown.
+    """
+    parameters = inspect.signature(method).parameters.values()
+    asked = frozenset(each.name for each in parameters if each.default is each.empty)
+    if not asked <= KNOWN or "weight" not in asked:
+        raise TypeError(
+            f"a decomposition takes weight, and may ask for moment or fisher, by these names; got "
+            f"{getattr(method, '__name__', method)}({', '.join(sorted(asked))})"
+        )
+    return asked
+
+
+def check_weights(layers: Mapping[str, nn.Module], then: str = "") -> None:
+    """Raise on NaN or infinite weights, before any layer is changed.
+
+    Args:
+        layers: by name.
+        then: the end of the message.
+
+    Raises:
+        CompressError: with the first name.
+    """
     for name, layer in layers.items():
-        weight, cure = layer.weight, f"exclude '{name}'"
-        if not name:
-            raise CompressError("a Linear cannot be replaced in itself; give the module that holds it")
-        if len(holders.get(id(weight), [])) > 1:
-            raise CompressError(f"the weight of '{name}' is shared ({', '.join(holders[id(weight)])}); {cure}")
-        if type(layer) is not nn.Linear:
-            raise CompressError(f"'{name}' is a {type(layer).__name__}, whose own forward would be lost; {cure}")
-        if not bool(weight.isfinite().all()):
-            raise CompressError(f"expected finite weights, got NaN or infinity in '{name}'")
+        if not bool(layer.get_parameter("weight").isfinite().all()):
+            raise CompressError(f"NaN or infinite weights of '{name}.weight'{then}")
 
 
-def _rank(name: str, weight: Tensor, moment: Tensor | None, energy: float, rank: int | None) -> int:
-    if rank is not None:
-        full = min(weight.shape)
-        if not 1 <= rank <= full:
-            raise ValueError(f"expected a rank from 1 to {full}, the full one of '{name}', got {rank}")
-        return rank
-    return rank_for_energy(weight if moment is None else whitened(weight, moment), energy)
+@torch.no_grad()
+def decomposed(
+    layers: Mapping[str, nn.Module], known: Mapping[str, Mapping[str, Tensor]], method: Decompose, rank: Rank
+) -> dict[str, int]:
+    """Decompose layers, choose ranks, and turn those into two that get smaller. Returns their ranks.
+
+    Args:
+        layers: by name.
+        known: of each layer, what the method asks for besides the weight, as matrices.
+        method: of `factorization.svd`.
+        rank: one for all, or a rule.
+
+    Raises:
+        ValueError: as `chosen_ranks`.
+        NothingToCompress: no layer would get smaller. None has been changed.
+    """
+    matrices = {name: as_matrices(layer, layer.get_parameter("weight").detach())[0] for name, layer in layers.items()}
+    asked = wants(method) - {"weight"}
+    terms = {
+        name: method(weight=matrix, **{each: known[name][each] for each in asked}) for name, matrix in matrices.items()
+    }
+    shapes = {name: (matrix.shape[0], matrix.shape[1]) for name, matrix in matrices.items()}
+    values = {name: each.values for name, each in terms.items()}
+    ranks = chosen_ranks(rank, values, shapes)
+    if not ranks:
+        full = ", ".join(f"{name} {len(each)}" for name, each in values.items())
+        raise NothingToCompress(f"no layer would get smaller at rank={rank!r} (full ranks: {full}); lower it")
+    for name, own in ranks.items():
+        factor(layers[name], *terms[name].truncated(own))
+    return ranks
 
 
-def _moments(module: nn.Module, layers: Mapping[str, nn.Linear], batches: Iterable[Any]) -> dict[str, Tensor]:
-    """The second moment of each layer's inputs over the batches, float64."""
-    sums: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
-    with evaluating(module), _gathering(layers, sums, counts):
+def _moments(module: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Any]) -> dict[str, Tensor]:
+    """The second moment of each layer's inputs over the batches, up to a factor."""
+    weights: dict[str, Tensor] = {name: layer.get_parameter("weight") for name, layer in layers.items()}
+    with evaluating(module), watching(module, weights) as hessians:
+        hessians.start(weights)
         run(module, batches)
-    missing = [name for name in layers if not counts.get(name)]
-    if missing:
-        raise CompressError(f"'{missing[0]}' never ran on the batches; give batches that reach it, or exclude it")
-    for name, moment in sums.items():
-        if not bool(moment.isfinite().all()):
+        found = {name: hessians[name] for name in weights}
+    for name, hessian in found.items():
+        if not int(hessian.samples):
+            raise CompressError(f"'{name}' never ran on the batches; give batches that reach it, or exclude it")
+        if not bool(hessian.mean.isfinite().all()):
             raise CompressError(f"expected finite inputs, got NaN or infinity in '{name}'; look at the batches")
-    return {name: moment / counts[name] for name, moment in sums.items()}
-
-
-@contextmanager
-def _gathering(layers: Mapping[str, nn.Linear], sums: dict[str, Tensor], counts: dict[str, int]) -> Iterator[None]:
-    def add(name: str, inputs: Tensor) -> None:
-        rows = inputs.detach().reshape(-1, inputs.shape[-1]).double()
-        sums[name] = sums.get(name, torch.zeros((), device=rows.device)) + rows.T @ rows
-        counts[name] = counts.get(name, 0) + len(rows)
-
-    handles = [
-        layer.register_forward_pre_hook(lambda _, args, name=name: add(name, args[0])) for name, layer in layers.items()
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return {name: hessian.mean[0] for name, hessian in found.items()}

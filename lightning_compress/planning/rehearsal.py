@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.factorization.lowrank import Decompose, decomposed, select_factorable, wants
+from lightning_compress.factorization.ranks import Rank
+from lightning_compress.factorization.svd import svd
 from lightning_compress.planning.table import LayerPlan
 from lightning_compress.pruning.channels import Removal, choose
 from lightning_compress.pruning.criteria import magnitude
@@ -118,8 +121,32 @@ class Rehearsal:
 
     @cached_property
     def _layers(self) -> dict[str, nn.Module]:
-        # Channels leave layers; no layer comes or goes.
+        # Channels leave layers; no layer comes or goes, but in `factor`.
         return {clean_name(name): each for name, each in self.module.named_modules()}
+
+    def factor(
+        self,
+        rank: Rank,
+        decompose: Decompose,
+        include: tuple[Pattern, ...] | None,
+        exclude: tuple[Pattern, ...] | None,
+    ) -> dict[str, int]:
+        """Turn layers of the copy into two each, by their weights alone; returns the ranks. Comes first: rows change.
+
+        Raises:
+            ValueError: a rank that a layer does not have, or a budget that cannot be met.
+            NothingToCompress: nothing is selected, or no layer would get smaller.
+        """
+        gathered = sorted(wants(decompose) - {"weight"})
+        if gathered:
+            self.warnings.append(
+                f"{described_function(decompose)} needs {', '.join(gathered)}, which steps will show; ranks are those "
+                f"of the weights alone"
+            )
+        layers, _ = select_factorable(self.module, include, exclude)
+        ranks = decomposed(layers, {}, svd if gathered else decompose, rank)
+        self.__dict__.pop("_layers", None)
+        return ranks
 
     def remove(
         self, groups: Sequence[Group], share: Callable[..., float], amount: float, removal: Removal, relative: bool

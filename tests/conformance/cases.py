@@ -22,6 +22,7 @@ from lightning_compress import (
     Distillation,
     GradualPruning,
     LotteryRewinding,
+    LowRank,
     QuantizationAwareTraining,
     ReadyGate,
     Reconstruction,
@@ -203,6 +204,25 @@ def survivors(run: Run) -> dict[str, Tensor]:
 
 def structured(module: L.LightningModule) -> list[L.Callback]:
     return [StructuredPruning(0.4, window=(2, 8), frequency=2)]
+
+
+# Low rank
+
+
+def of_rank_three(run: Run) -> None:
+    """Plain layers again, by the end of the run, each of the rank that it was trained at."""
+    callback, weights = run.of(LowRank), run.weights
+    assert callback.ranks
+    assert set(callback.ranks.values()) == {3}
+    for name in callback.ranks:
+        weight = weights[f"{name}.weight"]
+        values = torch.linalg.svdvals(weight.double().flatten(1))
+        assert float(values[2]) > 1e-3
+        assert float(values[3]) < {torch.bfloat16: 2**-5}.get(weight.dtype, 1e-5) * float(values[0])
+
+
+def low_rank(module: L.LightningModule) -> list[L.Callback]:
+    return [LowRank(3, at=6, batches=4, merge=True)]
 
 
 # Quantization
@@ -485,6 +505,24 @@ ROWS: tuple[Row, ...] = (
         phases=3,
         excused={
             "checkpoints are plain": "they carry their shapes: tests/callbacks/test_structured.py",
+        },
+    ),
+    Row(
+        "low-rank",
+        LowRank,
+        make=low_rank,
+        default=lambda module: [LowRank()],
+        off=(lambda module: [LowRank(enabled=False)],),
+        acted=of_rank_three,
+        memory=lambda run: {name: torch.tensor(rank) for name, rank in run.of(LowRank).ranks.items()},
+        logs=frozenset({"compress/parameters", "compress/factored_layers"}),
+        phases=3,
+        excused={
+            "checkpoints are plain": "they carry their ranks: tests/callbacks/test_low_rank.py",
+            "keys, names and classes stay": "layers become two until the end: tests/callbacks/test_low_rank.py",
+            "no trace after an exception": "layers stay two, without a hook: tests/callbacks/test_low_rank.py",
+            "more epochs with the same Trainer": "merged layers start anew: tests/callbacks/test_low_rank.py",
+            "clipping sees masked gradients": "it masks nothing",
         },
     ),
     Row(

@@ -92,7 +92,7 @@ class Watch(L.Callback):
         def hook(layer: nn.Module, args: Any, kwargs: Any) -> None:
             if layer.training and torch.is_grad_enabled():
                 value = args[0] if args else kwargs["input"]
-                parameter = dict(layer.named_parameters())["weight"]
+                parameter = dict(layer.named_parameters()).get("weight", layer.weight)
                 self.seen[name] = Seen(*(t.detach().clone() for t in (layer.weight, value, parameter)))
 
         return hook

@@ -17,6 +17,7 @@ from lightning_compress import (
     Distillation,
     GradualPruning,
     LotteryRewinding,
+    LowRank,
     QuantizationAwareTraining,
     ReadyGate,
     Reconstruction,
@@ -35,6 +36,8 @@ COMPRESSING = tuple(row for row in ROWS if row.callback not in ACCOMPANIED)
 PRUNING = {GradualPruning, Reconstruction, SparsityRegularization, StructuredPruning}
 # Tried with one other callback, and not with channels that go, which they cannot follow.
 VARIANTS = {"distillation-layers", "mean-teacher"}
+# Nothing may hold on to a weight that becomes two in the run, nor average it.
+TAUGHT = {LowRank, Distillation}
 ALLOWED = [
     rows
     for size in range(2, len(COMPRESSING) + 1)
@@ -43,6 +46,8 @@ ALLOWED = [
     and sum(row.callback is QuantizationAwareTraining for row in rows) <= 1
     and not (len(rows) > 2 and VARIANTS & {row.name for row in rows})
     and sum(row.callback is Distillation for row in rows) <= 1
+    and not (LowRank in {row.callback for row in rows} and not {row.callback for row in rows} <= TAUGHT)
+    and {row.name for row in rows} != {"low-rank", "mean-teacher"}
     and not (VARIANTS & {row.name for row in rows} and StructuredPruning in {row.callback for row in rows})
 ]
 LARGEST = [rows for rows in ALLOWED if len(rows) == max(map(len, ALLOWED))]

@@ -101,7 +101,7 @@ def test_a_card_lists_every_option_with_its_default(callback: str) -> None:
 def default(parameter: inspect.Parameter) -> str:
     if parameter.default is inspect.Parameter.empty:
         return ""
-    return parameter.default.__name__ if callable(parameter.default) else repr(parameter.default)
+    return getattr(parameter.default, "__name__", None) or repr(parameter.default)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=name)

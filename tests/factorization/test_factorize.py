@@ -1,15 +1,17 @@
-"""Linear layers of a whole module become low rank where that saves weights, and come back as plain ones."""
+"""Layers of a whole module become low rank where that saves weights, and come back as plain ones."""
 
 from __future__ import annotations
+
+import copy
 
 import pytest
 import torch
 from torch import nn
 
 from lightning_compress import CompressError, NothingToCompress
-from lightning_compress.factorization.linear import LowRankLinear
-from lightning_compress.factorization.lowrank import factorize, merge
-from lightning_compress.factorization.svd import rank_for_energy, whitened
+from lightning_compress.factorization.factors import Factored
+from lightning_compress.factorization.lowrank import factorize, merge, wants
+from lightning_compress.factorization.ranks import Budget, Energy
 
 
 def net():
@@ -30,7 +32,7 @@ def outputs_error(one, other, x):
 def test_layers_that_get_smaller_are_replaced_and_the_head_stays():
     module, plain, x = net(), net(), inputs()
     assert factorize(module, rank=12) == {"0": 12, "2": 12}
-    assert [type(layer) is LowRankLinear for layer in module] == [True, False, True, False, False]
+    assert [type(layer) is Factored for layer in module] == [True, False, True, False, False]
     assert sum(p.numel() for p in module.parameters()) < sum(p.numel() for p in plain.parameters())
     for name in (0, 2):
         left, values, right = torch.linalg.svd(plain[name].weight.double())
@@ -55,12 +57,31 @@ def test_batches_make_the_error_of_the_outputs_least():
 def test_energy_chooses_a_rank_for_each_layer_and_full_ones_are_left():
     module, x = net(), inputs()
     module[2].weight.data = torch.randn(40, 3) @ torch.randn(3, 60)
-    assert factorize(module, energy=0.9999) == {"2": 3}  # the other needs nearly all of its rank
+    assert factorize(module, rank=Energy(0.9999)) == {"2": 3}  # the other needs nearly all of its rank
+    weighted, plain = net(), net()
+    assert factorize(weighted, [x], rank=Energy(0.8))["0"] < factorize(plain, rank=Energy(0.7))["0"]
     module = net()
-    ranks = factorize(module, [x], energy=0.95)
-    moment = (x.double().T @ x.double()) / len(x)
-    assert ranks["0"] == rank_for_energy(whitened(net()[0].weight, moment), 0.95)
-    assert ranks["0"] < rank_for_energy(net()[0].weight, 0.95)
+    size = sum(module[each].weight.numel() for each in (0, 2))
+    factorize(module, [x], rank=Budget(0.7))
+    left = sum(part.weight.numel() for each in (0, 2) for part in (module[each].down, module[each].up))
+    assert 0.25 * size < left <= 0.3 * size
+
+
+def test_a_second_time_there_is_nothing_left_to_do():
+    module = net()
+    factorize(module, rank=5)
+    with pytest.raises(NothingToCompress, match="factored already"):
+        factorize(module, rank=5)
+
+
+def test_convolutions_too():
+    torch.manual_seed(0)
+    module = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, groups=4), nn.Conv2d(16, 4, 3)
+    )
+    plain, x = copy.deepcopy(module), torch.randn(4, 3, 8, 8)
+    assert factorize(module, [x], rank=9) == {"0": 9}  # groups are left, and the head
+    assert 0 < outputs_error(module, plain, x) < 0.2 * float(plain(x).detach().square().mean())
 
 
 def test_it_trains_on_and_keeps_modes_and_frozen_weights():
@@ -93,21 +114,24 @@ def refused(error, words, module, *args, **options):
 
 def test_bad_input_is_named_and_replaces_nothing():
     refused(ValueError, r"rank from 1 to 40, the full one of '0', got 41", net(), rank=41)
-    refused(ValueError, r"energy in \(0, 1\]", net(), energy=0.0)
-    refused(NothingToCompress, "would get smaller.*0 40", net(), rank=40)
-    refused(CompressError, "'first' is shared", Tied(), rank=2, include=["first", "head"])
-    refused(CompressError, "give the module that holds it", nn.Linear(30, 30), rank=2, include=["Linear"])
+    refused(NothingToCompress, "would get smaller at rank=40.*0 40", net(), rank=40)
+    refused(CompressError, "'first' shares its weight", Tied(), rank=2, include=["first", "head"])
     refused(CompressError, "NaN or infinity in '0'; look at the batches", net(), [inputs() * torch.nan], rank=2)
+    grouped = nn.Sequential(nn.Conv1d(8, 8, 3, groups=4))
+    refused(CompressError, "'0' has 4 groups", grouped, rank=2, include=["0"])
 
     class Doubled(nn.Linear):
         pass
 
     own = net()
     own[0] = Doubled(40, 60)
-    refused(CompressError, "'0' is a Doubled, whose own forward", own, rank=2)
+    refused(CompressError, "'0' is a Doubled, whose own forward", own, rank=2, include=["0"])
+    assert factorize(own, rank=2) == {"2": 2}
     broken = net()
     broken[0].weight.data[0, 0] = float("inf")
-    refused(CompressError, "infinity in '0'", broken, rank=2)
+    refused(CompressError, "infinite weights of '0.weight'", broken, rank=2)
+    with pytest.raises(TypeError, match="moment or fisher, by these names"):
+        wants(lambda weight, hessian: None)
 
     class Skips(nn.Sequential):
         def forward(self, x):

@@ -1,0 +1,158 @@
+"""A layer as two smaller ones, in place, and back.
+
+The layer stays the same object, so that hooks, ties and whoever holds it go on; it changes its class, as
+`torch.nn.utils.parametrize` does, since its own forward would want the weight that is gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.errors import CheckpointMismatch
+from lightning_compress.pruning.hessians import as_matrices, as_weight
+from lightning_compress.sharding import clean_name
+
+__all__ = ["FACTORABLE", "Factored", "describe_factors", "factor", "factored_layers", "restore_factors", "unfactor"]
+
+FACTORABLE: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d)
+
+
+class Factored(nn.Module):
+    """``up(down(x))`` in place of a layer. A Conv's `down` has its kernel, `up` is 1 wide; the bias is on `up`."""
+
+    plain_class: type[nn.Module]
+    plain_shape: tuple[int, ...]
+    down: nn.Module
+    up: nn.Module
+
+    def forward(self, input: Tensor) -> Tensor:  # by the name that the plain layers give it
+        """Return the layer's outputs for what the layer took."""
+        outputs: Tensor = self.up(self.down(input))
+        return outputs
+
+    @property
+    def weight(self) -> Tensor:
+        """The product of the two, in the plain layer's shape: for modules that look at a layer's weight."""
+        down, up = self.down.get_parameter("weight"), self.up.get_parameter("weight")
+        product = up.flatten(1) @ as_matrices(self.down, down)[0]
+        return as_weight(self.down, product[None], torch.Size(self.plain_shape))
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias, which is added last."""
+        bias: Tensor | None = self.up.bias  # type: ignore[assignment]
+        return bias
+
+    @property
+    def rank(self) -> int:
+        """How many numbers lie between the two."""
+        return int(self.down.get_parameter("weight").shape[0])
+
+    def extra_repr(self) -> str:
+        """Say what it stands for."""
+        return f"{self.plain_class.__name__} of {'x'.join(map(str, self.plain_shape))}, rank {self.rank}"
+
+
+def factored_layers(module: nn.Module) -> dict[str, Factored]:
+    """Return the layers that are two by now, by clean name."""
+    return {clean_name(name): layer for name, layer in module.named_modules() if isinstance(layer, Factored)}
+
+
+@torch.no_grad()
+def factor(layer: nn.Module, left: Tensor, right: Tensor) -> None:
+    """Turn a layer into two, in place. Runs when layers are factorized.
+
+    The factors get the weight's dtype and device and learn if it did; the bias stays the parameter it was.
+
+    Args:
+        layer: a Linear, or a Conv1d or Conv2d of one group.
+        left: (outputs, rank).
+        right: (rank, inputs), inputs as `pruning.hessians.as_matrices` lays them out.
+
+    Raises:
+        ValueError: the factors do not fit the layer.
+    """
+    weight = layer.get_parameter("weight")
+    outputs, inputs = as_matrices(layer, weight)[0].shape
+    rank = left.shape[-1]
+    if left.shape != (outputs, rank) or right.shape != (rank, inputs):
+        raise ValueError(
+            f"expected factors (outputs, rank) and (rank, inputs) of a weight {(outputs, inputs)}, "
+            f"got {tuple(left.shape)} and {tuple(right.shape)}"
+        )
+    down, up = _two(layer, rank)
+    first = as_weight(layer, right[None].to(weight), torch.Size((rank, *weight.shape[1:])))
+    down.weight = nn.Parameter(first.contiguous(), weight.requires_grad)
+    last = left.to(weight, copy=True).view(up.get_parameter("weight").shape)
+    up.weight = nn.Parameter(last, weight.requires_grad)
+    up.register_parameter("bias", layer.bias)  # type: ignore[arg-type]
+    plain, training = type(layer), layer.training
+    del layer.weight, layer.bias
+    layer.__class__ = Factored
+    layer.plain_class, layer.plain_shape = plain, tuple(weight.shape)  # type: ignore[assignment]
+    layer.down, layer.up = down.train(training), up.train(training)
+
+
+def _two(layer: nn.Module, rank: int) -> tuple[nn.Module, nn.Module]:
+    """Two layers of the right kind, their weights on no device."""
+    options: Any = layer
+    if isinstance(layer, nn.Linear):
+        return (
+            nn.Linear(layer.in_features, rank, bias=False, device="meta"),
+            nn.Linear(rank, layer.out_features, bias=False, device="meta"),
+        )
+    how = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "padding_mode")}
+    down = type(options)(options.in_channels, rank, options.kernel_size, bias=False, device="meta", **how)
+    return down, type(options)(rank, options.out_channels, 1, bias=False, device="meta")
+
+
+@torch.no_grad()
+def unfactor(layer: Factored) -> None:
+    """Turn the two back into one plain layer, in place, under its own keys; the product is rounded once."""
+    down, up, bias = layer.down.get_parameter("weight"), layer.up.get_parameter("weight"), layer.bias
+    product = up.double().flatten(1) @ as_matrices(layer.down, down.double())[0]
+    weight = as_weight(layer.down, product[None], torch.Size(layer.plain_shape)).to(up).contiguous()
+    plain = layer.plain_class
+    del layer.down, layer.up, layer.plain_class, layer.plain_shape
+    layer.__class__ = plain  # type: ignore[assignment]
+    layer.register_parameter("weight", nn.Parameter(weight, up.requires_grad))
+    layer.register_parameter("bias", bias)  # type: ignore[arg-type]
+
+
+# Checkpoints
+
+
+def describe_factors(module: nn.Module) -> dict[str, int]:
+    """Write down which layers are two, and their ranks. Runs on saving."""
+    return {name: layer.rank for name, layer in factored_layers(module).items()}
+
+
+@torch.no_grad()
+def restore_factors(module: nn.Module, described: Mapping[str, int]) -> None:
+    """Give a module the layers that `describe_factors` wrote down, so that a state dict of them loads strictly.
+
+    Runs before weights are loaded; the new ones hold anything.
+
+    Raises:
+        CheckpointMismatch: the module has no such layer.
+    """
+    layers = {clean_name(name): layer for name, layer in module.named_modules()}
+    for name, layer in factored_layers(module).items():
+        if described.get(name) != layer.rank:
+            unfactor(layer)
+    for name, rank in described.items():
+        layer = layers.get(name, module)
+        if isinstance(layer, Factored):
+            continue
+        if name not in layers or not isinstance(layer, FACTORABLE):
+            raise CheckpointMismatch(
+                f"the checkpoint has '{name}' as two layers of rank {rank}, but {type(module).__name__} has no Linear "
+                f"or Conv of that name; build the module with the arguments it was trained with"
+            )
+        weight = layer.get_parameter("weight")
+        outputs, inputs = as_matrices(layer, weight)[0].shape
+        factor(layer, weight.new_zeros(outputs, rank), weight.new_zeros(rank, inputs))

@@ -1,0 +1,310 @@
+"""What is special to LowRank: what it gathers, when it acts, whom it meets, and checkpoints of layers that are two."""
+
+from __future__ import annotations
+
+import lightning.pytorch as L
+import pytest
+import torch
+from torch import nn
+
+from lightning_compress import (
+    CheckpointMismatch,
+    CompressError,
+    Distillation,
+    GradualPruning,
+    IncompatibleCallbacks,
+    LotteryRewinding,
+    LowRank,
+    NothingToCompress,
+    QuantizationAwareTraining,
+    Steps,
+    StructuredPruning,
+    WeightSharing,
+    load_from_checkpoint,
+    plan,
+)
+from lightning_compress.distillation.own_teachers import MeanTeacher
+from lightning_compress.factorization.factors import Factored, factored_layers
+from lightning_compress.factorization.lowrank import factorize
+from lightning_compress.factorization.ranks import Budget
+from lightning_compress.factorization.svd import activation_weighted_svd, fisher_weighted_svd, svd
+from tests.conformance.modules import Small
+from tests.conformance.running import Do, build, differing, train
+
+ROUNDS = Steps(((0.0, 0.4), (0.5, 0.8)))
+
+
+def still(**options):
+    return build(Small, dropout=0.0, norm=False, **options)
+
+
+def product(layer):
+    return (layer.weight if isinstance(layer, Factored) else layer.get_parameter("weight")).detach().clone()
+
+
+@pytest.mark.parametrize("decompose", [svd, activation_weighted_svd, fisher_weighted_svd])
+def test_layers_become_what_the_gathered_steps_say(decompose, tmp_path):
+    """Against the same decomposition of moments and squared gradients that are computed here from the batches."""
+    module, seen = still(shuffle=False), {}
+    gradients, inputs, now = [], [], {}
+
+    def note(trainer, pl_module, batches):
+        if batches == 3:
+            now["before"] = product(pl_module.model[4])
+        if 4 <= batches <= 6:
+            now[f"weight {batches}"] = product(pl_module.model[4])
+
+    class Gradients(L.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            if trainer.global_step in (3, 4, 5):
+                gradients.append(pl_module.model[4].weight.grad.clone())
+
+    handle = module.model[4].register_forward_hook(
+        lambda layer, args, _: inputs.append(args[0].detach().double()) if torch.is_grad_enabled() else None
+    )
+    callback = LowRank(3, at=6, batches=3, decompose=decompose, include=["model.4"])
+
+    class Before(L.Callback):  # after the step, before LowRank looks
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            if trainer.global_step == 6:
+                seen["weight"] = product(pl_module.model[4])
+
+    train(module, [Before(), callback, Do(note)], tmp_path, extra=[Gradients()])
+    handle.remove()
+    rows = torch.cat(inputs[3:6])
+    known = {
+        svd: {},
+        activation_weighted_svd: {"moment": rows.T @ rows},
+        fisher_weighted_svd: {"fisher": torch.stack(gradients).double().square().mean(0)},
+    }[decompose]
+    left, right = decompose(seen["weight"], **known).truncated(3)
+    torch.testing.assert_close(now["weight 6"], (left @ right).float(), atol=1e-5, rtol=1e-4)
+    assert callback.ranks == {"model.4": 3}
+
+
+def test_names_stay_two_until_the_run_ends_and_no_hook_is_left(tmp_path):
+    module, names = still(), []
+    callback = LowRank(3, at=6)
+    train(module, [callback], tmp_path, extra=[Do(lambda _, m, batches: names.append(set(m.state_dict())))])
+    plain = set(still().state_dict())
+    assert names[4] == plain
+    two = {"model.4.down.weight", "model.4.up.weight", "model.4.up.bias"}
+    assert two <= names[5] == names[-1] == set(module.state_dict())
+    assert set(callback.ranks) == set(factored_layers(module)) == {"model.4", "model.7"}
+    assert not any(layer._forward_pre_hooks for layer in module.modules())
+
+
+@pytest.mark.parametrize("momentum", ["sgd", "adamw"])
+def test_optimizers_move_the_two_in_the_groups_of_the_one(momentum, tmp_path):
+    module = still(optimizer=momentum)
+    run = train(module, [LowRank(3, at=6)], tmp_path)
+    (optimizer,) = run.trainer.optimizers
+    assert [id(p) for group in optimizer.param_groups for p in group["params"]] == [id(p) for p in module.parameters()]
+    assert set(optimizer.state) <= set(module.parameters())
+
+
+class Named(Small):
+    def configure_optimizers(self):
+        named = list(self.named_parameters())
+        groups = [{"params": [p for p in named if p[1].dim() > 1]}, {"params": [p for p in named if p[1].dim() == 1]}]
+        return torch.optim.AdamW(groups, lr=1e-2)
+
+
+def test_names_that_the_optimizer_was_given_follow(tmp_path):
+    module = build(Named, dropout=0.0, norm=False)
+    run = train(module, [LowRank(3, at=6)], tmp_path)
+    for group in run.trainer.optimizers[0].param_groups:
+        pairs = zip(group["param_names"], group["params"], strict=True)
+        assert all(dict(module.named_parameters())[name] is parameter for name, parameter in pairs)
+
+
+# Checkpoints
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using")
+def test_a_checkpoint_is_loaded_resumed_and_refused_plainly(tmp_path):
+    module = still()
+    run = train(module, [LowRank(Budget(0.6), at=6)], tmp_path)
+    path = tmp_path / "two.ckpt"
+    run.trainer.save_checkpoint(path)
+    loaded = load_from_checkpoint(path, Small)
+    assert type(loaded) is Small
+    assert differing(loaded.state_dict(), module.state_dict()) == []
+    with pytest.raises(RuntimeError, match="load_from_checkpoint"):
+        Small.load_from_checkpoint(path)
+    fresh = Small(dropout=0.0, norm=False)
+    resumed = train(fresh, [LowRank(Budget(0.6), at=6)], tmp_path, ckpt_path=path, max_epochs=5)
+    assert resumed.of(LowRank).ranks == run.of(LowRank).ranks
+    with pytest.raises(CheckpointMismatch, match="rank="):
+        train(Small(dropout=0.0, norm=False), [LowRank(3, at=6)], tmp_path, ckpt_path=path, max_epochs=5)
+
+
+def test_more_epochs_go_on_with_the_two(tmp_path):
+    options = {"optimizer": "sgd", "shuffle": False}
+    module, fresh = still(**options), still(**options)
+    run = train(module, [LowRank(3, at=6)], tmp_path, max_epochs=3)
+    run.trainer.fit_loop.max_epochs = 4
+    run.trainer.fit(module)
+    whole = train(fresh, [LowRank(3, at=6)], tmp_path, max_epochs=4)
+    assert differing(run.weights, whole.weights) == []
+
+
+def test_merged_layers_are_two_again_in_one_more_fit(tmp_path):
+    module = still()
+    run = train(module, [LowRank(3, at=6, merge=True)], tmp_path)
+    assert factored_layers(module) == {}
+    merged, kinds = product(module.model[4]), []
+    run.trainer.save_checkpoint(tmp_path / "merged.ckpt")
+    Small.load_from_checkpoint(tmp_path / "merged.ckpt")
+    first = Do(lambda _, m, batches: kinds.append(type(m.model[4])))
+    again = train(
+        still(),
+        [LowRank(3, at=6, merge=True)],
+        tmp_path,
+        ckpt_path=tmp_path / "merged.ckpt",
+        max_epochs=5,
+        extra=[first],
+    )
+    assert set(kinds) == {Factored}
+    assert float(torch.linalg.svdvals(again.module.model[4].weight.detach())[3]) < 1e-5
+    assert not torch.equal(product(again.module.model[4]), merged)
+
+
+def test_a_run_that_breaks_leaves_two_layers_and_no_hook(tmp_path):
+    def spoil(trainer, pl_module, batches):
+        if batches == 8:
+            raise RuntimeError("broken on purpose")
+
+    module = still()
+    with pytest.raises(RuntimeError, match="on purpose"):
+        train(module, [LowRank(3, at=6)], tmp_path, extra=[Do(spoil)])
+    assert len(factored_layers(module)) == 2
+    assert not any(layer._forward_pre_hooks or layer._forward_hooks for layer in module.modules())
+
+
+# Before the first step, and in company
+
+
+def at_once(rank=3, **options):
+    return LowRank(rank, at=0.0, decompose=svd, **options)
+
+
+def test_at_once_it_acts_before_the_optimizer_is_made(tmp_path):
+    module = still()
+    weight = product(module.model[4])
+    run = train(module, [at_once()], tmp_path, max_epochs=1, extra=[Do(lambda *_: None)])
+    _, right = svd(weight).truncated(3)
+    assert module.model[4].down.weight.shape == right.shape
+    assert {id(p) for p in run.trainer.optimizers[0].param_groups[0]["params"]} == {id(p) for p in module.parameters()}
+
+
+LOOK_FIRST = (StructuredPruning, Distillation)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda: GradualPruning(0.5, window=(2, 8), frequency=2),
+        lambda: QuantizationAwareTraining(window=(2, 4, 10)),
+        lambda: WeightSharing(4, at=9),
+        lambda: StructuredPruning(0.3, window=(2, 8), frequency=2),
+        lambda: Distillation(MeanTeacher()),
+    ],
+    ids=["pruning", "quantization", "sharing", "structured", "mean teacher"],
+)
+def test_at_once_the_others_work_on_the_two(other, first, tmp_path):
+    module, callback = still(), other()
+    if isinstance(callback, LOOK_FIRST) and not first:
+        with pytest.raises(IncompatibleCallbacks, match="put LowRank before it"):
+            train(module, [callback, at_once()], tmp_path)
+        return
+    run = train(module, [at_once(), callback] if first else [callback, at_once()], tmp_path)
+    assert callback.complete
+    assert len(run.of(LowRank).ranks) == 2
+    if isinstance(callback, GradualPruning):
+        assert {"model.4.down.weight", "model.4.up.weight"} <= set(callback.masks)
+    run.trainer.save_checkpoint(tmp_path / "together.ckpt")
+    again = train(still(), [at_once(), other()], tmp_path, ckpt_path=tmp_path / "together.ckpt", max_epochs=5)
+    assert len(factored_layers(again.module)) == 2
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda: [GradualPruning(0.5, window=(2, 8), frequency=2)],
+        lambda: [QuantizationAwareTraining(window=(2, 4, 10))],
+        lambda: [WeightSharing(4, at=9)],
+        lambda: [StructuredPruning(0.3, window=(2, 8), frequency=2)],
+        lambda: [
+            GradualPruning(Steps(((0.0, 0.4), (0.5, 0.8))), window=(2, 8), include=["model.9"]),
+            LotteryRewinding(to=1),
+        ],
+        lambda: [Distillation(MeanTeacher())],
+    ],
+    ids=["pruning", "quantization", "sharing", "structured", "lottery", "mean teacher"],
+)
+def test_in_the_middle_nobody_may_hold_on_to_a_weight(other, tmp_path):
+    with pytest.raises(IncompatibleCallbacks, match=r"LowRank replaces .*at=0\.0"):
+        train(still(), [LowRank(3, at=6), *other()], tmp_path)
+
+
+def test_other_layers_may_be_pruned_in_the_same_run(tmp_path):
+    pruning = GradualPruning(0.5, window=(2, 8), frequency=2, include=["model.9"])
+    run = train(still(), [LowRank(3, at=6), pruning], tmp_path)
+    assert pruning.complete
+    assert len(factored_layers(run.module)) == 2
+
+
+# Bad input
+
+
+class Broyden(Small):
+    def configure_optimizers(self):
+        return torch.optim.LBFGS(self.parameters())
+
+
+def test_bad_input_is_named_before_the_first_batch(tmp_path):
+    for bad in (0, -1, True, 2.5, "half"):
+        with pytest.raises(ValueError, match="rank is a number"):
+            LowRank(bad)
+    for bad in (0, True, 1.5):
+        with pytest.raises(ValueError, match="batches is a number"):
+            LowRank(batches=bad)
+    with pytest.raises(TypeError, match="decompose must be a function"):
+        LowRank(decompose="svd")
+    with pytest.raises(TypeError, match="by these names"):
+        LowRank(decompose=lambda weight, hessian: None)
+    with pytest.raises(ValueError, match=r"at=0\.0 is optimizer step 0, before which there were no inputs"):
+        train(still(), [LowRank(3, at=0.0)], tmp_path)
+    with pytest.raises(ValueError, match="at is step 99"):
+        train(still(), [LowRank(3, at=99)], tmp_path)
+    with pytest.raises(ValueError, match=r"rank from 1 to 4, the full one of 'model\.0', got 200"):
+        train(still(), [at_once(200)], tmp_path)
+    with pytest.raises(NothingToCompress, match="would get smaller"):
+        train(still(), [at_once(3, include=["model.9"])], tmp_path)
+    with pytest.raises(CompressError, match="LBFGS"):
+        train(build(Broyden), [LowRank(3, at=6)], tmp_path)
+
+
+class Uncalled(Small):
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.spare = nn.Linear(40, 40)
+        self.head = nn.Linear(3, 3)
+
+
+def test_a_layer_that_nobody_calls_is_named(tmp_path):
+    with pytest.raises(CompressError, match="'spare' was not called in training"):
+        train(build(Uncalled), [LowRank(3, at=6)], tmp_path)
+
+
+# plan
+
+
+def test_plan_says_what_will_be_two():
+    expected = plan(still(), [LowRank(3, at=6)], torch.zeros(1, 1, 6, 6))
+    assert "makes each of 2 layers two of rank 3" in str(expected)
+    module = still()
+    factorize(module, rank=3)
+    assert expected.expects("parameters") == sum(parameter.numel() for parameter in module.parameters())
