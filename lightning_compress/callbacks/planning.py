@@ -222,7 +222,7 @@ def _(callback: QuantizationAwareTraining, acting: Rehearsal, call: ExampleCall 
 
 def _code(acting: Rehearsal, name: str, layer: nn.Module, grids: Grids) -> None:
     weight = getattr(layer, "weight", None)
-    if not isinstance(weight, Tensor) or grids.inputs is None:
+    if not isinstance(weight, Tensor) or (grids.inputs is None and not isinstance(layer, nn.Embedding)):
         return
     weight = weight.detach()
     coded = grids.weights.codes(weight, grids.weights.learned(weight))

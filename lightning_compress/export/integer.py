@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lightning_compress.quantization.grid import FLOAT_BITS, SMALLEST_SCALE, Range, integer_weight
 
-__all__ = ["bias_scale", "check_grids", "folded_codes", "integer_layer", "layer_codes", "scaled_codes"]
+__all__ = ["bias_scale", "check_grids", "check_rows", "folded_codes", "integer_layer", "layer_codes", "scaled_codes"]
 
 # A kernel adds bias and products in one int32: half of it is left to the products, some 33 000 of them at worst.
 LARGEST_BIAS_CODE = 2**30
@@ -43,6 +43,20 @@ def check_grids(name: str, layer: nn.Module, trained: Range) -> None:
         raise ValueError(
             f"an int8 file holds weights as whole numbers with one scale for each output channel, got {weights} for "
             f"'{name}', which has no such form; train it with weights=8, or leave '{name}' out of ranges"
+        )
+
+
+def check_rows(name: str, layer: nn.Module, trained: Range) -> None:
+    """Raise unless an embedding's weight has codes of 8 bits with one scale for each row. Runs once an embedding.
+
+    Raises:
+        ValueError: its grid has none.
+    """
+    if trained.codes(layer.get_parameter("weight").detach().cpu()) is None:
+        raise ValueError(
+            f"an int8 file holds the rows of an embedding as whole numbers with a scale each, got "
+            f"{trained.weight_grid} for '{name}', which has no such form; train it with weights=8, or leave '{name}' "
+            f"out of ranges"
         )
 
 

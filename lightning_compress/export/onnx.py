@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lightning_compress.errors import CompressError, NothingToCompress
-from lightning_compress.export.integer import check_grids
+from lightning_compress.export.integer import check_grids, check_rows
 from lightning_compress.export.kernels import int8_report
 from lightning_compress.export.profiles import Profile, profile_named
 from lightning_compress.export.replacing import written_at_the_end
@@ -68,8 +68,8 @@ def export_onnx(  # noqa: PLR0913 - all but three have defaults; what a file is 
 
     Raises:
         ImportError: a package of the `onnx` extra is missing.
-        ValueError: a parameter is not float32; a range names no Linear or Conv layer, or one that `forward` does not
-            use, or a product, or grids without integer form; inputs differ in an open size; there is no such profile.
+        ValueError: a parameter is not float32; a range names no Linear, Conv or Embedding, or one that `forward` does
+            not use, or a product, or grids without integer form; inputs differ in an open size; no such profile.
         IncompatibleCallbacks: a layer in `ranges` has a reparametrized weight.
         NothingToCompress: `ranges` is empty.
         CompressError: fake-quantization is still attached; `forward` cannot be exported; the file would pass 2 GiB,
@@ -139,12 +139,13 @@ def _check_ranges(module: nn.Module, ranges: Ranges) -> None:
             "file multiplies in floating point there"
         )
     layers = {**dict(module.named_modules(remove_duplicate=False)), **projections_in(module)}
-    unknown = sorted(n for n in trained_layers if not isinstance(layers.get(n), (*QUANTIZABLE, Projection)))
+    known = (*QUANTIZABLE, Projection, nn.Embedding)
+    unknown = sorted(n for n in trained_layers if not isinstance(layers.get(n), known))
     unknown += sorted(output_key(name) for name in outputs if name not in layers)
     if unknown:
         raise ValueError(
-            f"expected ranges of Linear or Conv layers of {type(module).__name__}, got {unknown}; use the names of its "
-            "named_modules() (for a part of the trained module, cut the part's own name off)"
+            f"expected ranges of Linear, Conv or Embedding layers of {type(module).__name__}, got {unknown}; use the "
+            "names of its named_modules() (for a part of the trained module, cut the part's own name off)"
         )
     for name, trained in ranges.items():
         if not (math.isfinite(trained.low) and math.isfinite(trained.high) and trained.low <= trained.high):
@@ -153,7 +154,8 @@ def _check_ranges(module: nn.Module, ranges: Ranges) -> None:
             raise ValueError(f"an int8 file holds outputs of 1 to 8 bits, got {trained} for '{name}'")
     for name, trained in trained_layers.items():
         check_weight(name, layers[name])
-        check_grids(name, layers[name], trained)
+        check = check_rows if isinstance(layers[name], nn.Embedding) else check_grids
+        check(name, layers[name], trained)
 
 
 def _serialized(model: ir.Model) -> bytes:

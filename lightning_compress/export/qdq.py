@@ -20,6 +20,7 @@ from lightning_compress.export.faster import join_reshapes, pad_channels
 from lightning_compress.export.graph import Editor, array_of, input_of, only_reader, scopes_of, vector_of
 from lightning_compress.export.grids import MOVED_BEHIND_ROUNDING, Grids
 from lightning_compress.export.integer import bias_scale, folded_codes, integer_layer
+from lightning_compress.export.lookups import round_lookups
 from lightning_compress.export.profiles import Profile
 from lightning_compress.quantization.attach import QUANTIZABLE
 from lightning_compress.quantization.grid import Range
@@ -41,7 +42,10 @@ def insert_qdq(model: ir.Model, module: nn.Module, ranges: Ranges, profile: Prof
     Raises:
         ValueError: a layer has no Conv, Gemm or MatMul in the graph, or an output is not in it.
     """
-    layers, outputs = outputs_of(ranges)
+    trained, outputs = outputs_of(ranges)
+    modules = dict(module.named_modules(remove_duplicate=False))
+    tables = {name: each for name, each in trained.items() if isinstance(modules.get(name), nn.Embedding)}
+    layers = {name: each for name, each in trained.items() if name not in tables}
     found = list(_find(model.graph, module, layers))
     unused = sorted(set(layers) - {name for name, _ in found})
     if unused:
@@ -50,10 +54,11 @@ def insert_qdq(model: ir.Model, module: nn.Module, ranges: Ranges, profile: Prof
             f"or MatMul of {unused}; leave these names out of ranges, or call the layer as a module in forward"
         )
     editor = Editor(model.graph)
+    round_lookups(editor, module, tables)
     grids = Grids(editor, profile)
     grids.round_outputs(outputs)
     grids.round_joins()
-    trained_layers = {**dict(module.named_modules(remove_duplicate=False)), **projections_in(module)}
+    trained_layers = {**modules, **projections_in(module)}
     weights = {name: trained_layers[name].get_parameter("weight") for name in layers}
     inserter = _Inserter(editor, grids, profile, weights)
     kernels = [inserter.quantize(name, node, layers[name]) for name, node in found]

@@ -74,7 +74,7 @@ def weights_bytes(module: nn.Module) -> tuple[int, int]:
 def onnx_bytes(module: nn.Module, codes: Mapping[str, tuple[Tensor, Tensor]]) -> tuple[int, int]:
     """Return the expected bytes of an ONNX file, and of that file in a zip archive.
 
-    Weights with codes take a byte each and 18 bytes a channel, other parameters four bytes a number; batch norms are
+    Weights with codes take a byte each and 18 bytes a channel (4 a row of an embedding), other parameters four bytes a number; batch norms are
     folded away; names and nodes are taken at 1 kB a layer, and at a quarter of that when zipped.
 
     Args:
@@ -82,6 +82,7 @@ def onnx_bytes(module: nn.Module, codes: Mapping[str, tuple[Tensor, Tensor]]) ->
         codes: int8 codes and scales by parameter name.
     """
     layers = 0
+    tables = {f"{name}.weight" for name, layer in module.named_modules() if isinstance(layer, nn.Embedding)}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "initializers"
         with path.open("wb") as file:
@@ -90,7 +91,7 @@ def onnx_bytes(module: nn.Module, codes: Mapping[str, tuple[Tensor, Tensor]]) ->
                 if name in codes:
                     file.write(codes[name][0].contiguous().numpy().tobytes())
                     file.write(codes[name][1].float().contiguous().numpy().tobytes())
-                    file.write(bytes((QUANTIZED_CHANNEL_BYTES - 4) * len(codes[name][1])))
+                    file.write(bytes((QUANTIZED_CHANNEL_BYTES - 4) * len(codes[name][1]) * (name not in tables)))
                 else:
                     file.write(parameter.detach().float().cpu().contiguous().numpy().tobytes())
             if not codes:  # a norm that is folded leaves a bias; those of codes are counted with their channels
