@@ -74,8 +74,8 @@ def weights_bytes(module: nn.Module) -> tuple[int, int]:
 def onnx_bytes(module: nn.Module, codes: Mapping[str, tuple[Tensor, Tensor]]) -> tuple[int, int]:
     """Return the expected bytes of an ONNX file, and of that file in a zip archive.
 
-    Weights with codes take a byte each and 18 bytes a channel (4 a row of an embedding), other parameters four bytes a number; batch norms are
-    folded away; names and nodes are taken at 1 kB a layer, and at a quarter of that when zipped.
+    Weights with codes take a byte each and 18 bytes a channel (4 a row of an embedding), other parameters four bytes a
+    number; batch norms are folded away; names and nodes are taken at 1 kB a layer, a quarter of that when zipped.
 
     Args:
         module: whose parameters stay in float32 unless they have codes.

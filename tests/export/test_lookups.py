@@ -54,7 +54,7 @@ def test_rows_are_stored_as_codes_and_computed_as_trained(tagger, tmp_path):
     stored = {each.name: numpy_helper.to_array(each) for each in onnx.load(path).graph.initializer}
     codes, scale = stored["words.weight:int"], stored["words.weight:scale"]
     assert codes.dtype == np.int8
-    assert not [each.shape for each in stored.values() if each.dtype == np.float32 and each.shape[-1:] == (WIDTH,)]
+    assert not [each.shape for each in stored.values() if each.dtype == np.float32 and each.shape[1:] == (WIDTH,)]
     rows = tagger.words.weight.detach().numpy()
     step = np.abs(rows).max(1, keepdims=True) / 127
     np.testing.assert_allclose(scale[1:], step[1:], rtol=1e-6)

@@ -51,7 +51,7 @@ class Random(nn.Linear):
     [
         ({}, NothingToCompress, "empty ranges"),
         ({"usde": Range(0, 1)}, ValueError, r"got \['usde'\].*named_modules"),
-        ({"drop": Range(0, 1)}, ValueError, r"Linear or Conv.*\['drop'\]"),
+        ({"drop": Range(0, 1)}, ValueError, r"Linear, Conv or Embedding.*\['drop'\]"),
         ({"used": Range(0, 1), "unused": Range(0, 1)}, ValueError, r"MatMul of \['unused'\]"),
         ({"used": Range(float("nan"), 1)}, ValueError, "finite low <= high in the range of 'used'"),
         ({"used": Range(1, 0)}, ValueError, "finite low <= high"),
