@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ Report = Callable[[int, float], None]
 Run = Callable[[Recipe, Report], Mapping[str, float]]
 
 _log = logging.getLogger(__name__)
+LONG_TRIAL_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,7 @@ def _counted(found: Sequence[Trial]) -> list[Trial]:
 
 def _settle(history: History, run: Run, recipe: Recipe, identity: int, worker: Worker) -> None:
     reports: dict[int, float] = {}
+    began = time.monotonic()
 
     def report(step: int, value: float) -> None:
         reports[int(step)] = float(value)
@@ -167,5 +170,6 @@ def _settle(history: History, run: Run, recipe: Recipe, identity: int, worker: W
         history.end(identity, "complete", result)
     finally:
         # A Trainer and its loops hold each other, and the collector doesn't know how large their model is: twenty
-        # fine-tunes of a MiniLM would hold 8 GB.
-        gc.collect()
+        # fine-tunes of a MiniLM would hold 8 GB. Going through all of a process takes up to a second, though.
+        if time.monotonic() - began > LONG_TRIAL_S:
+            gc.collect()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_compress.search import strategies
+from lightning_compress.search import searching, strategies
 from lightning_compress.search.early import Median
 from lightning_compress.search.history import History
 from lightning_compress.search.objective import Pareto, Smallest
@@ -233,8 +233,9 @@ class Ring:
         self.itself = self
 
 
-def test_what_a_trial_made_is_freed_before_the_next_one():
+def test_what_a_long_trial_made_is_freed_before_the_next_one(monkeypatch):
     alive = []
+    monkeypatch.setattr(searching, "LONG_TRIAL_S", 0.0)
 
     def run(recipe, report):
         assert [made() for made in alive] == [None] * len(alive)
