@@ -87,7 +87,7 @@ def select_layers(
         exclude: patterns; they win over `include`.
 
     Raises:
-        ValueError: a pattern matches nothing.
+        ValueError: a pattern matches nothing, or nothing of these kinds.
         NothingToCompress: nothing is left, or a lazy layer has no weight yet.
 
     >>> net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -119,7 +119,19 @@ def select_layers(
             layers[name] = layer
     if not layers:
         raise NothingToCompress(_nothing(module, kinds, skipped))
+    _check_kinds(included, modules, kinds)
     return Selection(layers, skipped)
+
+
+def _check_kinds(included: Iterable[Pattern], modules: Mapping[str, nn.Module], kinds: tuple[type, ...]) -> None:
+    for pattern in included:
+        matched = {name: layer for name, layer in modules.items() if _matches_within(pattern, name, modules)}
+        if not any(isinstance(layer, kinds) for layer in matched.values()):
+            name, layer = next(iter(matched.items()))
+            raise ValueError(
+                f"include pattern {pattern!r} selects nothing here: it stands for '{name}', a {type(layer).__name__}, "
+                f"and only {', '.join(kind.__name__ for kind in kinds)} can be selected; take it out of include"
+            )
 
 
 def _nothing(module: nn.Module, kinds: tuple[type[nn.Module], ...], skipped: Mapping[str, str]) -> str:

@@ -182,3 +182,13 @@ def test_reductions_without_other_processes_change_nothing():
 )
 def test_patterns_are_frozen(given, kept):
     assert patterns_or_none(given) == kept
+
+
+def test_a_pattern_that_stands_for_no_layer_of_these_kinds_is_named():
+    """Beside others that do: GradualPruning(include=["encoder", "embeddings"]) would leave embeddings in silence."""
+    net = nn.ModuleDict({"words": nn.Embedding(4, 2), "body": nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))})
+    with pytest.raises(ValueError, match=r"'words' selects nothing here.*an? Embedding, and only Linear can"):
+        select_layers(net, (nn.Linear,), ["body", "words"])
+    with pytest.raises(ValueError, match=r"'body\.0' selects nothing here"):
+        select_layers(net, (nn.Embedding,), ["words", "body.0"])
+    assert list(select_layers(net, (nn.Linear,), ["body.0", nn.Linear], ["body.0"]).layers) == ["body.1"]

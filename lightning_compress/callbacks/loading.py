@@ -35,10 +35,10 @@ def save_shapes(pl_module: nn.Module, checkpoint: dict[str, Any], shrunken: bool
         _put_up_signpost(checkpoint)
 
 
-def save_factors(pl_module: nn.Module, checkpoint: dict[str, Any]) -> None:
-    """Write down which layers are two by now, and in the weights a sign for who loads them plainly."""
+def save_factors(trainer: L.Trainer, pl_module: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Write down which layers are two by now, and in weights that are whole a sign for who loads them plainly."""
     checkpoint[FACTORS] = describe_factors(pl_module)
-    if checkpoint[FACTORS]:
+    if checkpoint[FACTORS] and not isinstance(trainer.strategy, SHARDING):
         _put_up_signpost(checkpoint)
 
 

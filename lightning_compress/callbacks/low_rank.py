@@ -16,7 +16,8 @@ from lightning_compress.callbacks.contract import (
     check_state,
     check_unclaimed,
     described,
-    is_final_at_setup,
+    is_tensor_parallel,
+    is_whole_at_setup,
     saved_state,
     state_key,
     warn_if_unfinished,
@@ -28,6 +29,7 @@ from lightning_compress.callbacks.loading import restoring_shapes, save_factors
 from lightning_compress.callbacks.order import Claim, check_first, check_together
 from lightning_compress.callbacks.sameness import takes_part
 from lightning_compress.divergence import check_same
+from lightning_compress.errors import UnsupportedStrategy
 from lightning_compress.factorization.factors import factored_layers
 from lightning_compress.factorization.following import check_followers
 from lightning_compress.factorization.lowrank import (
@@ -122,9 +124,14 @@ class LowRank(L.Callback):
     # Attaching and detaching
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        sharding = SHARDING if self.at == 0 and not self.merge and is_final_at_setup(pl_module) else ()
+        sharding = SHARDING if self.at == 0 and not self.merge and is_whole_at_setup(trainer, pl_module) else ()
         if not takes_part(self, trainer, pl_module, stage, sharding, LEAVE_WHOLE):
             return
+        if is_tensor_parallel(trainer):
+            raise UnsupportedStrategy(
+                "LowRank makes layers two, which a plan of parallelize_module does not know; use "
+                "tensor_parallel_size=1, or remove the callback"
+            )
         self._release()
         self._undo.append(restoring_shapes(trainer, pl_module))
         if stage != "fit":
@@ -133,7 +140,7 @@ class LowRank(L.Callback):
         if trainer.global_step == 0:  # a fresh run with the same callback object
             self.clock.reset()
             self.ranks = {}
-        if is_final_at_setup(pl_module):
+        if is_whole_at_setup(trainer, pl_module):
             self._prepare(trainer, pl_module)
             if not self._in_the_run and not self.ranks:
                 check_first(self, trainer.callbacks)  # type: ignore[attr-defined]
@@ -147,7 +154,7 @@ class LowRank(L.Callback):
                 f"by; set it to 1 or later, or decompose=lightning_compress.factorization.svd.svd"
             )
         self._steps = (max(0, at - self.batches), at)
-        self._in_the_run = at > 0 or not is_final_at_setup(pl_module)
+        self._in_the_run = at > 0 or not is_whole_at_setup(trainer, pl_module)
         self._layers, _ = select_factorable(pl_module, self.include, self.exclude)
         if not self._layers:  # a second fit of a module whose layers are two
             self.ranks = {name: layer.rank for name, layer in factored_layers(pl_module).items()}
@@ -230,7 +237,7 @@ class LowRank(L.Callback):
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if self.enabled:
-            save_factors(pl_module, checkpoint)
+            save_factors(trainer, pl_module, checkpoint)
 
     def state_dict(self) -> dict[str, Any]:
         if not self.enabled:

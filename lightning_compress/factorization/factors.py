@@ -50,7 +50,8 @@ class Factored(nn.Module):
     @property
     def rank(self) -> int:
         """How many numbers lie between the two."""
-        return int(self.down.get_parameter("weight").shape[0])
+        down: Any = self.down  # its weight a strategy may hold in parts
+        return int(down.out_features if isinstance(down, nn.Linear) else down.out_channels)
 
     def extra_repr(self) -> str:
         """Say what it stands for."""
@@ -86,9 +87,9 @@ def factor(layer: nn.Module, left: Tensor, right: Tensor) -> None:
         )
     down, up = _two(layer, rank)
     first = as_weight(layer, right[None].to(weight), torch.Size((rank, *weight.shape[1:])))
-    down.weight = nn.Parameter(first.contiguous(), weight.requires_grad)
-    last = left.to(weight, copy=True).view(up.get_parameter("weight").shape)
-    up.weight = nn.Parameter(last, weight.requires_grad)
+    last = left.to(weight).reshape(up.get_parameter("weight").shape)
+    for part, values in ((down, first), (up, last)):  # of their own memory, row by row, as FSDP2 wants them
+        part.weight = nn.Parameter(values.clone(memory_format=torch.contiguous_format), weight.requires_grad)
     up.register_parameter("bias", layer.bias)  # type: ignore[arg-type]
     plain, training = type(layer), layer.training
     del layer.weight, layer.bias

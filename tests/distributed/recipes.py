@@ -11,8 +11,10 @@ import torch
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 
-from lightning_compress import Distillation, GradualPruning, QuantizationAwareTraining, StructuredPruning
+from lightning_compress import Distillation, GradualPruning, LowRank, QuantizationAwareTraining, StructuredPruning
 from lightning_compress.distillation.own_teachers import StartingModel
+from lightning_compress.factorization.ranks import Budget
+from lightning_compress.factorization.svd import svd
 from lightning_compress.pruning.channels import Removal
 from lightning_compress.pruning.criteria import movement, wanda
 from lightning_compress.pruning.patterns import Unstructured
@@ -53,6 +55,7 @@ TECHNIQUES: dict[str, Callable[[], list[L.Callback]]] = {
     "starting model": lambda: [pruning(), Distillation(StartingModel(), 0.5, 2.0)],
     "wanda": lambda: [GradualPruning(0.6, PRUNED, 2, criterion=wanda, pattern=Unstructured(by_output))],
     "movement": lambda: [GradualPruning(0.7, PRUNED, 2, criterion=movement)],
+    "factored": lambda: [LowRank(Budget(0.5), at=0.0, decompose=svd)],
     "learned": lambda: [QuantizationAwareTraining(LSQ(4), LSQPlus(4), ROUNDED, details=Details(outputs=True))],
 }
 

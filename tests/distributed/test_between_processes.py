@@ -19,12 +19,14 @@ from lightning_compress import (
     CompressionMonitor,
     Distillation,
     GradualPruning,
+    LowRank,
     QuantizationAwareTraining,
     StructuredPruning,
 )
 from lightning_compress.distillation.own_teachers import MeanTeacher
 from lightning_compress.divergence import check_same, digest
 from lightning_compress.errors import CompressError, ProcessesDiffer, UnsupportedStrategy
+from lightning_compress.factorization.svd import svd
 from lightning_compress.pruning.channels import Removal
 from lightning_compress.pruning.criteria import magnitude, wanda
 from lightning_compress.pruning.patterns import Unstructured
@@ -167,6 +169,8 @@ def of_bad_input(rank: int, world: int) -> Result:
         "masks": raised(fit([pruning, Flip(pruning, rank)]), ProcessesDiffer),
         "NaN": raised(fit([GradualPruning(0.7, (2, 9), 2), NaNOnOne(rank)], None, "fsdp2"), CompressError),
         "channels": raised(fit([StructuredPruning(0.5, (2, 9), 2)], None, "fsdp2"), UnsupportedStrategy),
+        "layers in the run": raised(fit([LowRank(3)], None, "fsdp2"), UnsupportedStrategy),
+        "layers of a plan": raised(fit([LowRank(3, at=0.0, decompose=svd)], None, "tp"), UnsupportedStrategy),
         "average": raised(fit([Distillation(MeanTeacher())], None, "fsdp2"), UnsupportedStrategy),
         "grid": raised(fit([QuantizationAwareTraining(LSQ(4))], None, "tp"), UnsupportedStrategy),
         "activations of channels": raised(
@@ -257,6 +261,8 @@ MESSAGES = {
     "masks": r"the mask of 'model\.0\.down\.weight' is not the same on all 2 processes after optimizer step 6",
     "NaN": r"'model\.0\.up\.weight' at optimizer step 6",
     "channels": r"StructuredPruning works under .*removal=Removal\(times=0\)",
+    "layers in the run": r"LowRank works under .*at=0\.0 with decompose=svd",
+    "layers of a plan": "which a plan of parallelize_module does not know",
     "average": r"Distillation works under .*teach with StartingModel\(\)",
     "grid": r"cannot use LSQ\(bits=4, per_channel=False\) in 'model\.0\.up' under tensor parallelism",
     "activations of channels": "input_norm, of which a process sees a part under tensor parallelism",

@@ -85,6 +85,9 @@ def test_the_object_its_hooks_its_bias_and_its_modes_stay():
     assert not layer.down.weight.requires_grad
     assert not any(each.training for each in layer.modules())
     assert "Linear of 9x6, rank 2" in repr(layer)
+    for part in (layer.down, layer.up):
+        assert part.weight.is_contiguous()
+        assert part.weight.untyped_storage().nbytes() == 4 * part.weight.numel()
 
 
 def test_it_copies_and_pickles():
