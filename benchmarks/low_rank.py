@@ -42,7 +42,7 @@ from lightning_compress.measure.flops import count_macs
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "low_rank.json"
 AT, RUNS = 8, 40
-TEXT_STEPS, IMAGE_STEPS, IMAGE_DENSE_STEPS = 125, 1000, 3000
+TEXT_STEPS, IMAGE_STEPS, IMAGE_DENSE_STEPS = 125, 500, 3000
 IMAGE_RATE = 3e-3
 KINDS = {"plain": svd, "by inputs": activation_weighted_svd, "by gradients": fisher_weighted_svd}
 DENSE = "dense, trained on"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_compress.errors import CheckpointMismatch
 from lightning_compress.pruning.hessians import as_matrices, as_weight
+from lightning_compress.pruning.shapes import fit_attributes
 from lightning_compress.sharding import clean_name
 
 __all__ = ["FACTORABLE", "Factored", "describe_factors", "factor", "factored_layers", "restore_factors", "unfactor"]
@@ -25,7 +26,6 @@ class Factored(nn.Module):
     """``up(down(x))`` in place of a layer. A Conv's `down` has its kernel, `up` is 1 wide; the bias is on `up`."""
 
     plain_class: type[nn.Module]
-    plain_shape: tuple[int, ...]
     down: nn.Module
     up: nn.Module
 
@@ -37,9 +37,7 @@ class Factored(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The product of the two, in the plain layer's shape: for modules that look at a layer's weight."""
-        down, up = self.down.get_parameter("weight"), self.up.get_parameter("weight")
-        product = up.flatten(1) @ as_matrices(self.down, down)[0]
-        return as_weight(self.down, product[None], torch.Size(self.plain_shape))
+        return _product(self)
 
     @property
     def bias(self) -> Tensor | None:
@@ -55,7 +53,18 @@ class Factored(nn.Module):
 
     def extra_repr(self) -> str:
         """Say what it stands for."""
-        return f"{self.plain_class.__name__} of {'x'.join(map(str, self.plain_shape))}, rank {self.rank}"
+        return f"{self.plain_class.__name__} of {'x'.join(map(str, _shape(self)))}, rank {self.rank}"
+
+
+def _shape(layer: Factored) -> torch.Size:
+    """The plain layer's, by what the two hold: channels may have been taken out of them."""
+    outputs = layer.up.get_parameter("weight").shape[0]
+    return torch.Size((outputs, *layer.down.get_parameter("weight").shape[1:]))
+
+
+def _product(layer: Factored, dtype: torch.dtype | None = None) -> Tensor:
+    down, up = (each.get_parameter("weight").to(dtype) for each in (layer.down, layer.up))
+    return as_weight(layer.down, (up.flatten(1) @ as_matrices(layer.down, down)[0])[None], _shape(layer))
 
 
 def factored_layers(module: nn.Module) -> dict[str, Factored]:
@@ -94,7 +103,7 @@ def factor(layer: nn.Module, left: Tensor, right: Tensor) -> None:
     plain, training = type(layer), layer.training
     del layer.weight, layer.bias
     layer.__class__ = Factored
-    layer.plain_class, layer.plain_shape = plain, tuple(weight.shape)  # type: ignore[assignment]
+    layer.plain_class = plain  # type: ignore[assignment]
     layer.down, layer.up = down.train(training), up.train(training)
 
 
@@ -114,14 +123,14 @@ def _two(layer: nn.Module, rank: int) -> tuple[nn.Module, nn.Module]:
 @torch.no_grad()
 def unfactor(layer: Factored) -> None:
     """Turn the two back into one plain layer, in place, under its own keys; the product is rounded once."""
-    down, up, bias = layer.down.get_parameter("weight"), layer.up.get_parameter("weight"), layer.bias
-    product = up.double().flatten(1) @ as_matrices(layer.down, down.double())[0]
-    weight = as_weight(layer.down, product[None], torch.Size(layer.plain_shape)).to(up).contiguous()
+    like, bias = layer.up.get_parameter("weight"), layer.bias
+    weight = _product(layer, torch.float64).to(like).contiguous()
     plain = layer.plain_class
-    del layer.down, layer.up, layer.plain_class, layer.plain_shape
+    del layer.down, layer.up, layer.plain_class
     layer.__class__ = plain  # type: ignore[assignment]
-    layer.register_parameter("weight", nn.Parameter(weight, up.requires_grad))
+    layer.register_parameter("weight", nn.Parameter(weight, like.requires_grad))
     layer.register_parameter("bias", bias)  # type: ignore[arg-type]
+    fit_attributes(layer)
 
 
 # Checkpoints

@@ -256,6 +256,17 @@ def test_other_layers_may_be_pruned_in_the_same_run(tmp_path):
     assert len(factored_layers(run.module)) == 2
 
 
+def test_layers_that_lost_channels_are_merged_to_what_is_left(tmp_path):
+    module = still()
+    structured = StructuredPruning(0.3, window=(2, 8), frequency=2, include=["model.0"])
+    run = train(module, [at_once(6, merge=True, include=["model.4"]), structured], tmp_path)
+    assert run.of(LowRank).ranks["model.4"] == 6
+    layer = module.model[4]
+    assert type(layer) is nn.Linear
+    assert layer.in_features == layer.weight.shape[1] < 64
+    assert module(torch.zeros(2, 1, 6, 6)).shape == (2, 3)
+
+
 # Bad input
 
 
