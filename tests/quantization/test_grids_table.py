@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_compress.quantization import dorefa, formats, learned_steps, levels, lowbit, noise, ranges
+from lightning_compress.quantization import clustered, dorefa, formats, learned_steps, levels, lowbit, noise, ranges
 from lightning_compress.quantization.attach import FakeQuant
 from lightning_compress.quantization.weights import Symmetric
 
 TABLE = Path(__file__).parents[2] / "docs" / "quantization_grids.md"
-ROOMS = (learned_steps, dorefa, lowbit, formats, levels)
+ROOMS = (learned_steps, dorefa, lowbit, formats, levels, clustered)
 LOW, HIGH = torch.tensor(0.0), torch.tensor(2.0)
 
 
