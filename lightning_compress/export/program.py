@@ -15,7 +15,7 @@ from torch.ao.quantization.fx import _decomposed  # noqa: F401 - registers torch
 from torch.nn import functional
 
 from lightning_compress.errors import CompressError
-from lightning_compress.export.checked import Checked, File, checked
+from lightning_compress.export.checked import Checked, File, checked, first_rows
 from lightning_compress.export.integer import check_grids, layer_codes, scaled_codes
 from lightning_compress.export.norms import called, norms_behind
 from lightning_compress.export.replacing import written_at_the_end
@@ -200,7 +200,8 @@ def export_program(
     inputs, open_sizes = inputs_beside(module, example_inputs), OpenSizes(batch=dynamic_batch)
     with evaluating(module):
         traced = module if ranges is None else reference_module(module, ranges, inputs)
-        program = traced_program(traced, inputs, open_sizes)
+        # The file holds what it was traced with: two rows do where the batch is open.
+        program = traced_program(traced, first_rows(inputs, 2) if dynamic_batch else inputs, open_sizes)
         with written_at_the_end(path, suffix=".pt2") as unfinished:
             torch.export.save(program, unfinished)
             loaded = torch.export.load(unfinished).module()

@@ -96,6 +96,7 @@ def _is_dequantized_weight(weight: Any) -> bool:
 
 
 def _round_by_row(graph: fx.Graph, node: fx.Node) -> None:
+    # Not on the trained grid first: two grids that do not meet round worse (a MiniLM: 22.4 dB instead of 23.5).
     rounded: Any = node.args[0]
     source = rounded.args[0].args[0]
     with graph.inserting_before(node):
