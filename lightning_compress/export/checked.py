@@ -112,8 +112,10 @@ def checked(
 
 
 def first_rows(inputs: Inputs, count: int) -> Inputs:
-    """Return the first rows of every tensor."""
-    fewer: Inputs = pytree.tree_map_only(Tensor, lambda tensor: tensor[:count] if tensor.dim() else tensor, inputs)
+    """Return the first rows of every tensor, as copies: a view is saved with all of what it is a view of."""
+    fewer: Inputs = pytree.tree_map_only(
+        Tensor, lambda tensor: tensor[:count].clone() if tensor.dim() else tensor, inputs
+    )
     return fewer
 
 

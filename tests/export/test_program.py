@@ -85,6 +85,8 @@ def test_a_program_of_floats(tmp_path: Path) -> None:
     module, value = nn.Sequential(nn.Linear(4, 3), nn.Dropout()), torch.randn(5, 4)
     found = export_program(module, tmp_path / "a.pt2", (value,))
     assert module.training
+    larger = export_program(module, tmp_path / "b.pt2", (torch.randn(20_000, 4),))
+    assert larger.size_bytes < found.size_bytes + 1000  # the example is no part of it, but for two rows
     torch.testing.assert_close(torch.export.load(found).module()(value[:1]), module.eval()(value[:1]))
 
 
