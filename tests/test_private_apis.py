@@ -38,6 +38,7 @@ KNOWN = {
 }
 PRIVATE_IMPORTS = {
     "export/program.py": ("torch.ao.quantization.fx._decomposed",),
+    "export/xnnpack.py": ("torch.ao.quantization.fx._decomposed",),
     "sharding.py": (
         "torch.distributed.tensor._utils",
         "torch.distributed.tensor._utils.compute_local_shape_and_global_offset",
@@ -335,6 +336,12 @@ def test_the_reference_operators_are_registered_by_this_import():
         0, -128, 127, torch.int8,
     )  # fmt: skip
     assert weight.tolist() == [[1.0], [6.0]]
+    rows = torch.tensor([[0.0, 51.0], [-2.55, 0.0]])
+    scales, zeros = ops.choose_qparams_per_token_asymmetric(rows, torch.int8)
+    codes = ops.quantize_per_token(rows, scales, zeros, -128, 127, torch.int8)
+    assert codes.tolist() == [[-128, 127], [-128, 127]]
+    back = ops.dequantize_per_token(codes, scales, zeros, -128, 127, torch.int8, torch.float32)
+    torch.testing.assert_close(back, rows)
 
 
 def test_the_place_of_a_piece_of_a_dtensor_is_what_torch_computes():

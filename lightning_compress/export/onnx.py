@@ -59,7 +59,7 @@ def export_onnx(  # noqa: PLR0913 - all but three have defaults; what a file is 
         path: the file to write; missing folders are made.
         example_inputs: what `module(*inputs)` or, for a dict, `module(**inputs)` takes; real data, for the check.
         ranges: name of a layer -> its range, from `QuantizationAwareTraining.ranges()`; None writes float32.
-        profile: who will run it: "cpu" (uint8 inputs), "tensorrt" (int8, zero point 0, float biases), "mobile" (int8).
+        profile: who will run it: "cpu", "tensorrt", "mobile" or "openvino"; they differ as `export.profiles` says.
         dynamic_batch: leave the first size of every input open; the inputs must agree in it.
         dynamic_sequence: leave the second size of every input with two or more open; the inputs must agree in it.
         input_names: names in the file; None takes those of `forward`.

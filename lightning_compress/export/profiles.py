@@ -62,13 +62,15 @@ def _symmetric(trained: Range | OutputRange) -> Range | OutputRange:
 
 
 # The CPU's fast kernels multiply uint8 by int8. TensorRT's parser takes int8 with zero points 0 only, and biases as
-# floats. XNNPACK and the NPUs behind it take signed inputs.
+# floats. XNNPACK and the NPUs behind it take signed inputs. OpenVINO adds biases as floats, and has kernels of its own
+# for layer norms, which the rewriting for ONNX Runtime would hide from it.
 PROFILES: Mapping[str, Profile] = {
     each.name: each
     for each in (
         Profile("cpu", signed=False, symmetric=False, integer_bias=True, rewritten=True),
         Profile("tensorrt", signed=True, symmetric=True, integer_bias=False),
         Profile("mobile", signed=True, symmetric=False, integer_bias=True),
+        Profile("openvino", signed=False, symmetric=False, integer_bias=False),
     )
 }
 

@@ -1,7 +1,8 @@
-"""Check that an ONNX file computes what the module does, before the file is kept."""
+"""Check that a file computes what the module does, before the file is kept."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,12 @@ from lightning_compress.export.runtime import run_onnx
 from lightning_compress.export.tracing import Inputs, OpenSizes
 from lightning_compress.quantization.outputs import Ranges, rounded_as_trained
 
-__all__ = ["sqnr_db", "verify_file"]
+__all__ = ["arrays_of", "compare_outputs", "expected_outputs", "sqnr_db", "verify_file", "with_other_sizes"]
 
 FLOAT_TOLERANCE = 1e-3
 LEAST_SQNR_DB = 20.0
 LEAST_SQNR_OF_NARROW_INPUTS_DB = 10.0
+ALL_FIXED = OpenSizes(batch=False)
 
 
 def verify_file(path: Path, module: nn.Module, inputs: Inputs, ranges: Ranges | None, open_sizes: OpenSizes) -> None:
@@ -38,25 +40,57 @@ def verify_file(path: Path, module: nn.Module, inputs: Inputs, ranges: Ranges | 
     import onnx
 
     onnx.checker.check_model(str(path), full_check=True)
-    inputs = _with_other_sizes(inputs, open_sizes)
+    inputs = with_other_sizes(inputs, open_sizes)
+    expected = expected_outputs(module, inputs, ranges, open_sizes)
+    compare_outputs("ONNX file", expected, run_onnx(path, *arrays_of(inputs)), ranges)
+
+
+def expected_outputs(
+    module: nn.Module, inputs: Inputs, ranges: Ranges | None, open_sizes: OpenSizes = ALL_FIXED
+) -> list[np.ndarray]:
+    """Return what a file must compute: the module's outputs, with every rounding where there are ranges.
+
+    Raises:
+        CompressError: `forward` refuses a size that is to be open.
+    """
     with rounded_as_trained(module, ranges) if ranges is not None else nullcontext():
-        expected = _outputs(module, inputs, open_sizes)
-    got = run_onnx(path, *_arrays(inputs))
+        return _outputs(module, inputs, open_sizes)
+
+
+def compare_outputs(
+    what: str,
+    expected: Sequence[np.ndarray],
+    got: Sequence[np.ndarray],
+    ranges: Ranges | None,
+    tolerance: float = FLOAT_TOLERANCE,
+) -> None:
+    """Compare every floating-point output, as `verify_file` says.
+
+    Args:
+        what: what computed `got`, for errors.
+        expected: the module's outputs.
+        got: those of the file.
+        ranges: None for a file of floats.
+        tolerance: without ranges, the largest difference as a share of the largest output.
+
+    Raises:
+        CompressError: they differ in number, shape or value; with the figure.
+    """
     shapes = [each.shape for each in expected], [each.shape for each in got]
     if shapes[0] != shapes[1]:
-        raise CompressError(f"expected outputs of the shapes {shapes[0]} from the ONNX file, got {shapes[1]}")
+        raise CompressError(f"expected outputs of the shapes {shapes[0]} from the {what}, got {shapes[1]}")
     narrow = ranges is not None and any(trained.bits < 8 for trained in ranges.values())
     for index, (reference, output) in enumerate(zip(expected, got, strict=True)):
         if reference.dtype.kind != "f" or not reference.size:
             continue
         if ranges is None:
-            _compare_float(index, reference, output)
+            _compare_float(what, index, reference, output, tolerance)
         else:
             least_db = LEAST_SQNR_OF_NARROW_INPUTS_DB if narrow else LEAST_SQNR_DB
-            _compare_rounded(index, reference, output, least_db)
+            _compare_rounded(what, index, reference, output, least_db)
 
 
-def _with_other_sizes(inputs: Inputs, open_sizes: OpenSizes) -> Inputs:
+def with_other_sizes(inputs: Inputs, open_sizes: OpenSizes) -> Inputs:
     """Repeat the first example and leave out the last token; a size of 1 stays, which was traced as two."""
 
     def changed(leaf: Any) -> Any:
@@ -71,7 +105,7 @@ def _with_other_sizes(inputs: Inputs, open_sizes: OpenSizes) -> Inputs:
 
 def _outputs(module: nn.Module, inputs: Inputs, open_sizes: OpenSizes) -> list[np.ndarray]:
     try:
-        return _arrays(module(**inputs) if isinstance(inputs, dict) else module(*inputs))
+        return arrays_of(module(**inputs) if isinstance(inputs, dict) else module(*inputs))
     except RuntimeError as error:
         if not open_sizes.names:
             raise
@@ -95,24 +129,25 @@ def sqnr_db(reference: np.ndarray, rounded: np.ndarray) -> float:
     return float(10 * np.log10(signal / noise)) if signal > 0 else float("-inf")
 
 
-def _arrays(tree: object) -> list[np.ndarray]:
+def arrays_of(tree: object) -> list[np.ndarray]:
+    """Return the tensors in a tree, in its order."""
     return [leaf.detach().cpu().numpy() for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def _compare_float(index: int, reference: np.ndarray, output: np.ndarray) -> None:
+def _compare_float(what: str, index: int, reference: np.ndarray, output: np.ndarray, tolerance: float) -> None:
     largest = max(float(np.abs(reference).max()), float(np.finfo(np.float32).tiny))
     error = float(np.abs(reference - output).max()) / largest
-    if not error <= FLOAT_TOLERANCE:  # NaN too
+    if not error <= tolerance:  # NaN too
         raise CompressError(
-            f"the ONNX file is not the module: output {index} differs by {error:.2g} of its largest value, "
-            f"expected at most {FLOAT_TOLERANCE:g}; look in forward for randomness, branches on values, or NaN"
+            f"the {what} is not the module: output {index} differs by {error:.2g} of its largest value, "
+            f"expected at most {tolerance:g}; look in forward for randomness, branches on values, or NaN"
         )
 
 
-def _compare_rounded(index: int, reference: np.ndarray, output: np.ndarray, least_db: float) -> None:
+def _compare_rounded(what: str, index: int, reference: np.ndarray, output: np.ndarray, least_db: float) -> None:
     ratio_db = sqnr_db(reference, output)
     if not ratio_db >= least_db:
         raise CompressError(
-            f"the int8 ONNX file is not the fake-quantized module: output {index} has {ratio_db:.1f} dB of signal "
+            f"the int8 {what} is not the fake-quantized module: output {index} has {ratio_db:.1f} dB of signal "
             f"to noise, expected at least {least_db:g}; see that the ranges were trained with these weights"
         )

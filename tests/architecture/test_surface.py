@@ -22,6 +22,8 @@ OPTIONAL = (
     "onnx",
     "onnxruntime",
     "onnxscript",
+    "openvino",
+    "executorch",
     "matplotlib",
     "jsonargparse",
     "optuna",

@@ -59,7 +59,8 @@ def test_a_program_file_runs_at_any_batch_and_holds_integers(tmp_path: Path) -> 
     torch.manual_seed(0)
     module, batch = as_trained(ConvNet(widths=(32, 64, 128))), structured_images(30)
     ranges = seen_ranges(module, batch)
-    path = export_program(module, tmp_path / "made" / "a.pt2", (batch[:3],), ranges=ranges)
+    found = export_program(module, tmp_path / "made" / "a.pt2", (batch[:3],), ranges=ranges)
+    path = found.path
     program = torch.export.load(path)
     targets = {str(node.target) for node in program.graph.nodes}
     assert {
@@ -74,6 +75,30 @@ def test_a_program_file_runs_at_any_batch_and_holds_integers(tmp_path: Path) -> 
     stored_bytes = sum(each.numel() for each in weights)
     assert path.stat().st_size < stored_bytes + 200_000  # the graph itself is some 130 kB
     assert [each.name for each in path.parent.iterdir()] == ["a.pt2"]
+    assert found.size_bytes == path.stat().st_size
+    assert found.sqnr_db > 35
+    assert found.agreement == 1.0
+    assert found.latency.runs == 20
+
+
+def test_a_program_of_floats(tmp_path: Path) -> None:
+    module, value = nn.Sequential(nn.Linear(4, 3), nn.Dropout()), torch.randn(5, 4)
+    found = export_program(module, tmp_path / "a.pt2", (value,))
+    assert module.training
+    larger = export_program(module, tmp_path / "b.pt2", (torch.randn(20_000, 4),))
+    assert larger.size_bytes < found.size_bytes + 1000  # the example is no part of it, but for two rows
+    torch.testing.assert_close(torch.export.load(found).module()(value[:1]), module.eval()(value[:1]))
+
+
+class Branching(nn.Module):
+    def forward(self, value: Tensor) -> Tensor:
+        return 2 * value if value.sum() > 0 else value
+
+
+def test_what_cannot_be_traced_is_refused_with_the_reason(tmp_path: Path) -> None:
+    with pytest.raises(CompressError, match=r"cannot trace Branching: Could not guard on .*; write forward without br"):
+        export_program(Branching(), tmp_path / "a.pt2", (torch.ones(2, 2),))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_program_that_disagrees_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
