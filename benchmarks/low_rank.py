@@ -68,13 +68,9 @@ def name_of(row: Row) -> str:
     return f"{row.amount:.0%} gone, {row.kind}" + (", taught" if row.taught else "")
 
 
-ROWS = {
-    name_of(row): row
-    for row in [
-        Row(),
-        *(Row(amount, kind, taught) for amount in (0.5, 0.7) for kind in KINDS for taught in (False, True)),
-    ]
-}
+COMPARED = [Row(0.5, kind, taught) for kind in ("plain", "by inputs") for taught in (False, True)]
+MORE = [Row(0.5, "by gradients"), Row(0.7, "plain"), Row(0.7, "by inputs"), Row(0.7, "by inputs", True)]
+ROWS = {name_of(row): row for row in (Row(), *COMPARED, *MORE)}
 
 
 # Text
