@@ -9,7 +9,6 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 __all__ = ["PretrainedTeacher", "TeacherCheckpoint", "build_teacher", "built_module", "call_teacher", "check_call"]
@@ -174,11 +173,11 @@ def _shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     return ", ".join([*map(shown, args), *(f"{name}={shown(value)}" for name, value in kwargs.items())])
 
 
-@torch.no_grad()
 def call_teacher(teacher: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call the teacher without gradient with what the student was called with, labels left out. Runs in each step.
+    """Call the teacher with what the student was called with, labels left out. Runs in each step.
 
-    Not under inference mode: tensors made there cannot be saved for the student's backward.
+    The caller says whether with gradient. Not under inference mode: tensors made there cannot be saved for the
+    student's backward.
 
     Raises:
         TypeError: the teacher's forward does not take these inputs.

@@ -57,6 +57,16 @@ class LayerTerm:
         if self.student is None and self.teacher is not None:
             raise ValueError(f"teacher={self.teacher!r} was given without student; name the student's layers too")
 
+    @property
+    def name(self) -> str:
+        """What it is logged as, the first of its kind."""
+        return name_of(self.loss)
+
+    @property
+    def of_one_width(self) -> bool:
+        """Whether it needs layers that keep their widths."""
+        return not any_width(self.loss)
+
 
 def name_of(loss: Any) -> str:
     """Return what a term is logged as: the name of its function.
