@@ -28,11 +28,12 @@ from lightning_compress.callbacks.teachable import strategies_of
 from lightning_compress.distillation.comparing import takes_temperature
 from lightning_compress.distillation.details import Details
 from lightning_compress.distillation.gradient_terms import GradientTerm, check_gradients
+from lightning_compress.distillation.logit_terms import LogitTerm
 from lightning_compress.distillation.losses import soft_targets
 from lightning_compress.distillation.own_teachers import MeanTeacher, Peer, StartingModel, check_source, follow
 from lightning_compress.distillation.taps import logits_of
 from lightning_compress.distillation.teachers import Builder, Teacher
-from lightning_compress.distillation.teaching import LogitTerm, Teaching
+from lightning_compress.distillation.teaching import Teaching
 from lightning_compress.distillation.terms import LayerTerm
 from lightning_compress.distillation.weighing import Weight, check_temperatures, check_weights
 from lightning_compress.errors import CompressError

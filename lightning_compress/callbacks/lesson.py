@@ -17,8 +17,9 @@ from torch.utils import _pytree as pytree
 from lightning_compress.callbacks.clock import Clock
 from lightning_compress.callbacks.probe import uncompiled
 from lightning_compress.callbacks.step import intercept, with_loss
+from lightning_compress.distillation.logit_terms import combined
 from lightning_compress.distillation.taps import Call, Tap
-from lightning_compress.distillation.teaching import Teaching, combined
+from lightning_compress.distillation.teaching import Teaching
 from lightning_compress.distillation.weighing import Weight, value_at
 from lightning_compress.errors import CompressError
 from lightning_compress.measure.agreement import Agreement

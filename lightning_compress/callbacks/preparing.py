@@ -19,7 +19,7 @@ from lightning_compress.distillation.recall import recall_from
 from lightning_compress.distillation.running import RunningTeacher
 from lightning_compress.distillation.taps import Call
 from lightning_compress.distillation.teachers import Teacher, build_teacher
-from lightning_compress.distillation.terms import LayerTerm, tapped_terms
+from lightning_compress.distillation.terms import LayerTerm, recalled_terms, tapped_terms
 
 __all__ = ["prepare"]
 
@@ -51,8 +51,9 @@ def prepare(
         lesson.listen_to_peer(pl_module, source.name)
         return None, []
     if source is None:
-        teaching.recall = recall_from(teaching.details.cache, None)
-        return None, []
+        teaching.recall = recall_from(teaching.details.cache, None, logits=teaching.logits is not None)
+        teaching.terms = recalled_terms(_of_layers(terms), pl_module, teaching.recall.store.layers)
+        return None, [undo for term in teaching.terms for undo in term.attach(pl_module, None)]
     teaching.same_part = isinstance(source, OWN)
     built = copy_of(pl_module) if isinstance(source, OWN) else build_teacher(source, pl_module)
     teacher = teaching.teacher = RunningTeacher(built, teaching.details)
@@ -65,9 +66,15 @@ def prepare(
     if found is not None:
         lesson.tried_on(pl_module, *found)
     if teaching.details.cache is not None:
-        teaching.recall = recall_from(teaching.details.cache, f"{fingerprint(built)} {teaching.details.precision}")
+        known_by = f"{fingerprint(built)} {teaching.details.precision}"
+        layers = {held for term in teaching.terms for held in term.reads}
+        teaching.recall = recall_from(teaching.details.cache, known_by, layers, teaching.logits is not None)
     # A converted one stands for the one that was built, whose memory can go.
     return built if teaching.same_part else teacher.module, undo
+
+
+def _of_layers(terms: Sequence[LayerTerm | GradientTerm]) -> list[LayerTerm]:
+    return [term for term in terms if isinstance(term, LayerTerm)]
 
 
 def _tap_layers(
@@ -78,7 +85,7 @@ def _tap_layers(
     found: tuple[Any, Call] | None,
 ) -> list[Undo]:
     """Attach to the layers of both models, paired by name, or by running both on two examples."""
-    teaching, own = lesson.teaching, [term for term in terms if isinstance(term, LayerTerm)]
+    teaching, own = lesson.teaching, _of_layers(terms)
     if teaching.teacher is None or not own:
         return []
     part = found[1].name if found and teaching.same_part else ""

@@ -36,8 +36,9 @@ class Details:
         precision: the teacher's, as the Trainer writes it; None is the run's. "int8" is the run's too, with weights as
             codes of one byte that are floating point only while they are used.
         compiled: compile the teacher with `torch.compile`.
-        cache: folder that keeps the teacher's logits, or a `LogitCache`: the first epoch writes them, later epochs and
-            runs read them (a run with `teacher=None` only reads). Inputs must repeat: no random augmentation.
+        cache: folder that keeps the teacher's logits and the values of its layers that terms read, or a `LogitCache`:
+            the first epoch writes them, later epochs and runs read them (a run with `teacher=None` only reads). Inputs
+            must repeat: no random augmentation.
         device: the teacher's, such as "cuda:1"; None is the student's. Inputs and outputs are moved.
 
     Raises:

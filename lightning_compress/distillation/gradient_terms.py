@@ -152,8 +152,8 @@ class PlacedTerm:
         if student.shape != teacher.shape:
             raise ValueError(
                 f"expected student and teacher to have logits of one shape for GradientTerm, got "
-                f"{tuple(student.shape)} and {tuple(teacher.shape)}; pass details=Details(outputs=a function that makes "
-                f"them equal)"
+                f"{tuple(student.shape)} and {tuple(teacher.shape)}; pass details=Details(outputs=a function that "
+                f"makes them equal)"
             )
         direction = self.term.direction(teacher.detach())
         if mask is not None and mask.shape == direction.shape[:-1]:

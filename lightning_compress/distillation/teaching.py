@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,11 +13,13 @@ from torch.utils import _pytree as pytree
 
 from lightning_compress.distillation.balancing import RunningSizes
 from lightning_compress.distillation.batches import labels_of, mask_of
-from lightning_compress.distillation.comparing import keywords_of, takes_temperature
+from lightning_compress.distillation.comparing import keywords_of
 from lightning_compress.distillation.details import Details
 from lightning_compress.distillation.gradient_terms import PlacedTerm, place_of
+from lightning_compress.distillation.logit_terms import LogitTerm
 from lightning_compress.distillation.places import Place
 from lightning_compress.distillation.recall import Recall
+from lightning_compress.distillation.rows import Answers
 from lightning_compress.distillation.running import RunningTeacher
 from lightning_compress.distillation.taps import Call, LayerTap, logits_of
 from lightning_compress.distillation.terms import TappedTerm
@@ -25,46 +27,7 @@ from lightning_compress.distillation.weighing import Weight
 from lightning_compress.errors import CompressError
 from lightning_compress.measure.agreement import Agreement
 
-__all__ = ["LogitTerm", "Teaching", "combined"]
-
-
-def combined(task: Tensor | None, task_weight: float, terms: Sequence[tuple[float, Tensor]]) -> Tensor | None:
-    """Return task_weight * task + sum of weight * term; what has weight 0 is left out, NaN or not. Runs in each step.
-
-    >>> combined(torch.tensor(1.0), 0.5, [(2.0, torch.tensor(3.0))])
-    tensor(6.5000)
-    >>> combined(torch.tensor(torch.nan), 0.0, [(1.0, torch.tensor(3.0))])
-    tensor(3.)
-    """
-    parts = [value if weight == 1.0 else weight * value for weight, value in terms if weight]
-    if task is not None and task_weight:
-        parts.insert(0, task if task_weight == 1.0 else task_weight * task)
-    return sum(parts[1:], parts[0]) if parts else task
-
-
-@dataclass(frozen=True)
-class LogitTerm:
-    """The loss of the logits: how it is called, and how logits are read of an output."""
-
-    loss: Callable[..., Tensor]
-    outputs: Callable[[Any], Tensor] = logits_of
-
-    def __call__(
-        self, who: str, call: Call, teacher: Tensor, temperature: float, options: Mapping[str, Tensor]
-    ) -> Tensor:
-        """Return the loss between a student's call and a teacher's logits.
-
-        Raises:
-            ValueError: logits of different shapes.
-        """
-        student = self.outputs(call.output)
-        if student.shape != teacher.shape:
-            raise ValueError(
-                f"teacher and student must have logits of one shape, got {tuple(teacher.shape)} from {who} and "
-                f"{tuple(student.shape)} from the student '{call.name}'; use a teacher with the same classes (or "
-                f"vocabulary), or pass details=Details(outputs=a function that makes them equal)"
-            )
-        return self.loss(student, teacher, *([temperature] if takes_temperature(self.loss) else []), **options)
+__all__ = ["Teaching"]
 
 
 @dataclass
@@ -79,7 +42,7 @@ class Teaching:
         terms: of layers.
         gradient: the term of input gradients.
         sizes: of the terms, for `balanced`.
-        recall: a store of the teacher's logits, which is asked first.
+        recall: a store of what the teacher says, which is asked first.
         agreement: counts where both models find the same class most likely; None does not.
         read: what each term read of the student in this step, where terms are balanced by gradients.
     """
@@ -212,7 +175,10 @@ class Teaching:
     def _output(self, call: Call, batch: Any) -> Any:
         arguments = self.arguments(call, batch)
         if self.recall is not None:
-            return self.recall(arguments, self.logits_of(call).device, self._ask)
+            answers = self.recall(arguments, self._device(call), self._answers)
+            for term in self.terms:
+                term.hear(answers.layers)
+            return answers.logits
         return self._ask(*arguments, part=call.name if self.same_part else "")
 
     def _ask(self, args: tuple[Any, ...], kwargs: dict[str, Any], part: str = "") -> Any:
@@ -220,8 +186,17 @@ class Teaching:
             raise CompressError("Distillation is not set up; it works inside trainer.fit")
         if self.gradient is not None:
             args, kwargs = self.gradient.asked((args, kwargs), self.teacher.part(part))
-        output = self.teacher(part, args, kwargs, gradient=self.gradient is not None)
-        return output if self.recall is None else (self.details.outputs or logits_of)(output)
+        return self.teacher(part, args, kwargs, gradient=self.gradient is not None)
+
+    def _answers(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Answers:
+        """Return what a cache keeps of a call of the teacher."""
+        output = self._ask(args, kwargs)
+        logits = None if self.logits is None else self.logits.outputs(output)
+        return Answers(logits, {held: own for term in self.terms for held, own in term.said().items()})
+
+    def _device(self, call: Call) -> torch.device:
+        leaves = (leaf for leaf in pytree.tree_leaves((call.output, call.args)) if isinstance(leaf, Tensor))
+        return next((leaf.device for leaf in leaves), torch.device("cpu"))
 
     @torch.no_grad()
     def _note(self, student: Tensor, teacher: Tensor) -> None:
@@ -243,7 +218,8 @@ class Teaching:
     ) -> list[tuple[str, Tensor]]:
         found = []
         if self.logits is not None:
-            who = "its peer" if self.teacher is None else f"the teacher {type(self.teacher.module).__name__}"
+            who = "its peer" if self.recall is None else "the cache"
+            who = who if self.teacher is None else f"the teacher {type(self.teacher.module).__name__}"
             wanted = output if self.recall is not None else self.logits.outputs(output).detach()
             found.append(("kd", self.logits(who, call, wanted, temperature, self._options(call, batch))))
             self._note(self.logits_of(call), wanted)
