@@ -154,8 +154,7 @@ class Distillation(L.Callback):
         return Teaching(term, self.details)
 
     def _prepare(self, lesson: Lesson, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.teacher, undo = prepare(lesson, self.source, self.layers, trainer, pl_module)
-        self._undo += undo
+        self.teacher = prepare(lesson, self.source, self.layers, trainer, pl_module, self._undo)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.lesson is None:
@@ -178,6 +177,7 @@ class Distillation(L.Callback):
         if self.lesson is None or not time_moved:
             return
         scaler = getattr(trainer.precision_plugin, "scaler", None)
+        self.lesson.teaching.sizes.settle()
         for term in self.lesson.teaching.terms:
             term.projections.step(1.0 if scaler is None else scaler.get_scale())
 

@@ -33,7 +33,8 @@ def prepare(
     terms: Sequence[LayerTerm | GradientTerm],
     trainer: L.Trainer,
     pl_module: L.LightningModule,
-) -> tuple[nn.Module | None, list[Undo]]:
+    undo: list[Undo],
+) -> nn.Module | None:
     """Make a lesson ready for its first step. Runs once all layers of the module exist.
 
     Args:
@@ -42,23 +43,25 @@ def prepare(
         terms: beside the logits' loss.
         trainer: of this run.
         pl_module: with the student.
+        undo: gets what takes taps off again, also where this raises.
 
     Returns:
-        the teacher, where there is one of this process, and what takes its taps off again.
+        the teacher; None where its answers come from elsewhere.
     """
     teaching = lesson.teaching
     if isinstance(source, Peer):
         lesson.listen_to_peer(pl_module, source.name)
-        return None, []
+        return None
     if source is None:
         teaching.recall = recall_from(teaching.details.cache, None, logits=teaching.logits is not None)
         teaching.terms = recalled_terms(_of_layers(terms), pl_module, teaching.recall.store.layers)
-        return None, [undo for term in teaching.terms for undo in term.attach(pl_module, None)]
+        undo += [end for term in teaching.terms for end in term.attach(pl_module, None)]
+        return None
     teaching.same_part = isinstance(source, OWN)
     built = copy_of(pl_module) if isinstance(source, OWN) else build_teacher(source, pl_module)
     teacher = teaching.teacher = RunningTeacher(built, teaching.details)
     found = first_student_call(trainer, pl_module, lesson.student)
-    undo = _tap_layers(lesson, terms, built, pl_module, found)
+    undo += _tap_layers(lesson, terms, built, pl_module, found)
     gradient = next((term for term in terms if isinstance(term, GradientTerm)), None)
     if gradient is not None:
         teaching.gradient = PlacedTerm(gradient, pl_module)
@@ -70,7 +73,7 @@ def prepare(
         layers = {held for term in teaching.terms for held in term.reads}
         teaching.recall = recall_from(teaching.details.cache, known_by, layers, teaching.logits is not None)
     # A converted one stands for the one that was built, whose memory can go.
-    return built if teaching.same_part else teacher.module, undo
+    return built if teaching.same_part else teacher.module
 
 
 def _of_layers(terms: Sequence[LayerTerm | GradientTerm]) -> list[LayerTerm]:

@@ -32,7 +32,8 @@ class Details:
         mask: batch -> what counts, for a loss that has a parameter `mask`; None takes the call's `attention_mask`, and
             labels that are not -100, where they fit the value.
         balanced: bring each term to the size of the task's loss, both as running means, before its weight counts;
-            "gradient" compares the norms of their gradients by what the term reads of the student instead.
+            "gradient" compares the norms of their gradients by what the term reads of the student instead. Means are of
+            the optimizer steps before, so that the first step is the task's alone.
         precision: the teacher's, as the Trainer writes it; None is the run's. "int8" is the run's too, with weights as
             codes of one byte that are floating point only while they are used.
         compiled: compile the teacher with `torch.compile`.

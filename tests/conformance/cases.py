@@ -577,12 +577,7 @@ ROWS: tuple[Row, ...] = (
         logs=frozenset({"compress/loss/task", "compress/loss/kd", "compress/loss/gradient_matching"}),
         excused=NO_DECISION,
     ),
-    teaching_row(
-        "distillation-gradient",
-        Teaching(balanced="gradient"),
-        sizes_of_terms,
-        accumulation_equals_the_larger_batch="each batch is weighed by the norms known when it is taught",
-    ),
+    teaching_row("distillation-gradient", Teaching(balanced="gradient"), sizes_of_terms),
     teaching_row("distillation-int8", Teaching(precision="int8"), _nothing),
     Row(
         "mean-teacher",
