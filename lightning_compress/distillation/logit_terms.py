@@ -17,6 +17,7 @@ __all__ = ["LogitTerm", "combined"]
 def combined(task: Tensor | None, task_weight: float, terms: Sequence[tuple[float, Tensor]]) -> Tensor | None:
     """Return task_weight * task + sum of weight * term; what has weight 0 is left out, NaN or not. Runs in each step.
 
+    >>> import torch
     >>> combined(torch.tensor(1.0), 0.5, [(2.0, torch.tensor(3.0))])
     tensor(6.5000)
     >>> combined(torch.tensor(torch.nan), 0.0, [(1.0, torch.tensor(3.0))])

@@ -193,6 +193,7 @@ def check_call(teacher: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     Raises:
         TypeError: it does not; names the teacher, the inputs' shapes and the cure.
 
+    >>> import torch
     >>> check_call(nn.ReLU(), (torch.ones(1),), {}, "teacher")
     """
     try:
