@@ -14,8 +14,9 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_compress import CompressError, Distillation
+from lightning_compress.callbacks.teachable import strategies_of
 from lightning_compress.distillation.details import Details
-from lightning_compress.distillation.gradient_terms import GradientTerm
+from lightning_compress.distillation.gradient_terms import GradientTerm, PlacedTerm
 from lightning_compress.distillation.losses import soft_targets
 from lightning_compress.distillation.own_teachers import StartingModel
 from lightning_compress.distillation.terms import LayerTerm
@@ -210,6 +211,25 @@ def test_what_cannot_work_is_named(teacher: nn.Sequential, student: Smooth) -> N
 class ByKeyword(Smooth):
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         return functional.cross_entropy(self.model(input=batch[0]), batch[1])
+
+
+def test_no_sharded_student_is_differentiated_twice() -> None:
+    assert strategies_of(None, Details(), [GradientTerm()]) == ((), "teach layers instead: LayerTerm()")
+    assert strategies_of(None, Details(), [LayerTerm()])[0]
+
+
+def test_tokens_of_padding_do_not_count() -> None:
+    """Logits of (batch, tokens, classes), whose masked token would have another gradient."""
+    torch.manual_seed(0)
+    inputs = torch.randn(2, 3, 4, requires_grad=True)
+    own, other = nn.Linear(4, 5), nn.Linear(4, 5)
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    term = PlacedTerm(GradientTerm(normalize=False), own)
+    (given,), _ = term.asked(((inputs.detach(),), {}), other)
+    value = term.value(inputs, own(inputs), other(given), mask)
+    classes = other(inputs).argmax(dim=-1)
+    gaps = (own.weight[classes] - other.weight[classes]).square().sum(dim=-1)  # of linear logits the gradient is a row
+    torch.testing.assert_close(value, (gaps * mask).sum(dim=1).mean())
 
 
 def _with_spare() -> Smooth:
