@@ -74,8 +74,8 @@ class RunningTeacher:
             given = pytree.tree_map_only(Tensor, self._moved, given)
         elif not (home is not None and torch.is_autocast_enabled(home.type)):
             given = pytree.tree_map_only(Tensor, self._widened, given)
-        with self._context(self.device or home), torch.set_grad_enabled(gradient):
-            output = call_teacher(called, *given)
+        with self._context(self.device or home):
+            output = call_teacher(called, *given, gradient=gradient)
         if self.device is not None or self.converted:
             output = pytree.tree_map_only(Tensor, lambda value: value.to(home), output)
         if not self.checked:
