@@ -36,6 +36,7 @@ from training import RUN_STEPS, Endless, quiet_trainer
 from lightning_compress import Constant, Distillation, GradualPruning, QuantizationAwareTraining
 from lightning_compress.distillation.details import Details as Teaching
 from lightning_compress.distillation.features import attention_transfer, feature_mse
+from lightning_compress.distillation.gradient_terms import GradientTerm
 from lightning_compress.distillation.terms import LayerTerm
 from lightning_compress.quantization.details import Details
 
@@ -49,6 +50,9 @@ BUDGETS = {
     "distillation with layers / (student + teacher forward)": 1.05,
     "distillation, teacher in bf16 / (student + teacher forward)": 0.75,
     "distillation, cached logits / plain": 1.02,
+    "distillation, cached logits / (distillation - teacher forward)": 1.02,
+    "distillation with layers, cached / (distillation with layers - teacher forward)": 1.02,
+    "distillation of input gradients / (student + teacher forward)": None,
 }
 # glibc gives each thread a heap of its own and large tensors back to the system at once: page faults would then tell
 # the variants apart. One heap that keeps its memory treats all alike.
@@ -138,6 +142,11 @@ def layer_term(module: L.LightningModule) -> LayerTerm:
     return LayerTerm(attention_transfer, ["net.4", "net.6", "net.8", "net.10"])
 
 
+def gradient_term(module: L.LightningModule) -> GradientTerm:
+    is_text = isinstance(module, SentenceClassifier)
+    return GradientTerm(student="net.bert.embeddings.word_embeddings" if is_text else None)
+
+
 def variants(module: L.LightningModule, folder: str) -> dict[str, list[L.Callback]]:
     teacher = copy.deepcopy(module.net)
     # Masks from the first step on and no update meanwhile; fake-quant in its dearest phase: observing and rounding.
@@ -153,7 +162,15 @@ def variants(module: L.LightningModule, folder: str) -> dict[str, list[L.Callbac
         "distillation, teacher in bf16": [
             Distillation(copy.deepcopy(teacher), details=Teaching(precision="bf16-mixed"))
         ],
-        "distillation, cached logits": [Distillation(copy.deepcopy(teacher), details=Teaching(cache=folder))],
+        "distillation, cached logits": [
+            Distillation(copy.deepcopy(teacher), details=Teaching(cache=f"{folder}/logits"))
+        ],
+        "distillation with layers, cached": [
+            Distillation(copy.deepcopy(teacher), layers=layer_term(module), details=Teaching(cache=f"{folder}/layers"))
+        ],
+        "distillation of input gradients": [
+            Distillation(copy.deepcopy(teacher), student="net", layers=gradient_term(module))
+        ],
     }
 
 
@@ -178,11 +195,15 @@ def in_turns(turns: Turns, names: Iterable[str], fit: Callable[[str], None]) -> 
         raise turns.failure
 
 
-def measure(make: Callable[[], L.LightningModule], batch: Any, rounds: int, folder: str) -> dict[str, np.ndarray]:
+def measure(
+    make: Callable[[], L.LightningModule], batch: Any, rounds: int, folder: str, only: list[str]
+) -> dict[str, np.ndarray]:
     """Return, for each variant, (rounds, 2) seconds of CPU and wall clock."""
     torch.manual_seed(0)
     module = make()
     table = variants(module, folder)
+    if only:
+        table = {name: own for name, own in table.items() if name in {"plain", "distillation", *only}}
     turns = Turns(list(table))
     extra = {"distillation": teacher_forward(module.net)}
     watches = {name: Stopwatch(name, turns, WARMUP + rounds, extra.get(name)) for name in table}
@@ -200,11 +221,16 @@ def measure(make: Callable[[], L.LightningModule], batch: Any, rounds: int, fold
 def ratios(times: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
     """Median and quartiles of the per-round ratios, by CPU time and by wall clock."""
     plain = times["plain"]
-    both = plain + times["teacher forward"]
+    forward = times["teacher forward"]
     pairs = {}
     for name in BUDGETS:
         variant, _, reference = name.partition(" / ")
-        pairs[name] = (times[variant], both if reference.startswith("(student") else plain)
+        taught = reference.strip("()").removesuffix(" - teacher forward")
+        if variant not in times or taught not in {*times, "", "student + teacher forward"}:
+            continue
+        # A step that learns from values it is given for nothing is one with the teacher less its forward.
+        against = {"": plain, "plain": plain, "student + teacher forward": plain + forward}
+        pairs[name] = (times[variant], against[taught] if taught in against else times[taught] - forward)
     result = {}
     for name, (variant, reference) in pairs.items():
         low, middle, high = np.percentile(variant / reference, [25, 50, 75], axis=0)
@@ -221,6 +247,7 @@ def ratios(times: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--only", nargs="+", default=[], metavar="VARIANT", help="beside plain and distillation")
     parser.add_argument("--out", default=str(Path(__file__).parent / "results" / "overhead.json"))
     options = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -238,7 +265,7 @@ def main() -> None:
     }
     for case, (make, batch) in cases.items():
         with tempfile.TemporaryDirectory() as folder:
-            times = measure(make, batch, options.rounds, folder)
+            times = measure(make, batch, options.rounds, folder, options.only)
         record["cases"][case] = {
             "plain_step_cpu_s": float(np.median(times["plain"][:, 0])),
             "ratios": ratios(times),

@@ -29,6 +29,7 @@ from lightning_compress import (
 from lightning_compress.cli import COMMANDS, main
 from lightning_compress.distillation.details import Details as Teaching
 from lightning_compress.distillation.features import cosine_distance
+from lightning_compress.distillation.gradient_terms import GradientTerm
 from lightning_compress.distillation.own_teachers import MeanTeacher
 from lightning_compress.distillation.teachers import PretrainedTeacher
 from lightning_compress.distillation.terms import LayerTerm
@@ -196,6 +197,24 @@ OPTIONS = [
         {"teacher": "t.ckpt", "layers": [{"loss": f"{TAUGHT}.features.cosine_distance", "student": "net.0"}]},
         "layers",
         (LayerTerm(cosine_distance, "net.0"),),
+    ),
+    (
+        "Distillation",
+        {"teacher": "t.ckpt", "layers": {"class_path": f"{TAUGHT}.gradient_terms.GradientTerm"}},
+        "layers",
+        (GradientTerm(),),
+    ),
+    (
+        "Distillation",
+        {
+            "teacher": "t.ckpt",
+            "layers": [
+                {"loss": f"{TAUGHT}.features.cosine_distance", "student": "net.0"},
+                {"class_path": f"{TAUGHT}.gradient_terms.GradientTerm", "init_args": {"weight": 2.0, "student": "a"}},
+            ],
+        },
+        "layers",
+        (LayerTerm(cosine_distance, "net.0"), GradientTerm(2.0, "a")),
     ),
     ("Distillation", {"teacher": "t.ckpt", "details": {"balanced": True}}, "details", Teaching(balanced=True)),
     (

@@ -22,21 +22,19 @@ from lightning_compress.callbacks.contract import (
 from lightning_compress.callbacks.lesson import Lesson
 from lightning_compress.callbacks.lifecycle import go_on, release
 from lightning_compress.callbacks.order import Claim, check_together
-from lightning_compress.callbacks.probe import first_student_call
+from lightning_compress.callbacks.preparing import OWN, prepare
 from lightning_compress.callbacks.sameness import takes_part
 from lightning_compress.callbacks.teachable import strategies_of
-from lightning_compress.distillation.comparing import any_width, takes_temperature
+from lightning_compress.distillation.comparing import takes_temperature
 from lightning_compress.distillation.details import Details
-from lightning_compress.distillation.keys import fingerprint
+from lightning_compress.distillation.gradient_terms import GradientTerm, check_gradients
+from lightning_compress.distillation.logit_terms import LogitTerm
 from lightning_compress.distillation.losses import soft_targets
-from lightning_compress.distillation.own_teachers import MeanTeacher, Peer, StartingModel, check_source, copy_of, follow
-from lightning_compress.distillation.pairing import pair_called
-from lightning_compress.distillation.recall import recall_from
-from lightning_compress.distillation.running import RunningTeacher
-from lightning_compress.distillation.taps import Call, logits_of
-from lightning_compress.distillation.teachers import Builder, Teacher, build_teacher
-from lightning_compress.distillation.teaching import LogitTerm, Teaching
-from lightning_compress.distillation.terms import LayerTerm, name_of, tapped_terms
+from lightning_compress.distillation.own_teachers import MeanTeacher, Peer, StartingModel, check_source, follow
+from lightning_compress.distillation.taps import logits_of
+from lightning_compress.distillation.teachers import Builder, Teacher
+from lightning_compress.distillation.teaching import Teaching
+from lightning_compress.distillation.terms import LayerTerm
 from lightning_compress.distillation.weighing import Weight, check_temperatures, check_weights
 from lightning_compress.errors import CompressError
 from lightning_compress.sharding import copy_whole
@@ -44,7 +42,6 @@ from lightning_compress.sharding import copy_whole
 __all__ = ["Distillation"]
 
 DEFAULT_TEMPERATURE = 2.0
-OWN = (StartingModel, MeanTeacher)
 
 
 class Distillation(L.Callback):
@@ -64,7 +61,7 @@ class Distillation(L.Callback):
         loss: (student logits, teacher logits, temperature) -> scalar, or without the temperature, as `logit_mse`. It
             gets `labels` and a `mask` of the tokens if it has parameters of these names.
         student: name of the submodule that the step calls; None finds it.
-        layers: further terms, of layers' values: `LayerTerm`.
+        layers: further terms, of layers' values: `LayerTerm`; of input gradients: `GradientTerm`.
         enabled: False is plain training.
         details: what most runs leave as it is.
 
@@ -87,7 +84,7 @@ class Distillation(L.Callback):
         temperature: float | Callable[[float], float] = DEFAULT_TEMPERATURE,
         loss: Callable[..., Tensor] = soft_targets,
         student: str | None = None,
-        layers: LayerTerm | Sequence[LayerTerm] = (),
+        layers: LayerTerm | GradientTerm | Sequence[LayerTerm | GradientTerm] = (),
         enabled: bool = True,
         details: Details | None = None,
     ) -> None:
@@ -98,8 +95,9 @@ class Distillation(L.Callback):
         self.loss, self.student = loss, student
         if not takes_temperature(loss) and temperature != DEFAULT_TEMPERATURE:
             raise ValueError(f"temperature={temperature} was given, but {loss} takes no temperature; leave it out")
-        self.layers = (layers,) if isinstance(layers, LayerTerm) else tuple(layers)
+        self.layers = (layers,) if isinstance(layers, (LayerTerm, GradientTerm)) else tuple(layers)
         self.details = details or Details()
+        check_gradients(self.layers, self.details)
         check_source(teacher, student, bool(self.layers), self.details.cache is not None, self.details.precision)
         self.enabled = enabled and (weight != 0.0 or bool(self.layers))
         self.teacher: nn.Module | None = None
@@ -122,9 +120,9 @@ class Distillation(L.Callback):
     @property
     def follows(self) -> str:
         """Say what of it cannot follow a model whose channels go, for `check_together`; "" is nothing."""
-        fixed = [name_of(term.loss) for term in self.layers if not any_width(term.loss)]
-        named = "MeanTeacher" if isinstance(self.source, MeanTeacher) else f"the term {fixed[0]}" if fixed else ""
-        return named if self.enabled else ""
+        fixed = [f"the term {term.name}" for term in self.layers if term.of_one_width]
+        named = ["MeanTeacher"] if isinstance(self.source, MeanTeacher) else fixed
+        return named[0] if self.enabled and named else ""
 
     def recipe(self) -> dict[str, Any]:
         """Return the options as primitives, as a checkpoint and a logger keep them."""
@@ -137,7 +135,7 @@ class Distillation(L.Callback):
     # Attaching and detaching
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        strategies = strategies_of(self.source, self.details)
+        strategies = strategies_of(self.source, self.details, self.layers)
         if stage != "fit" or not takes_part(self, trainer, pl_module, stage, *strategies):
             return
         check_together(trainer.callbacks)  # type: ignore[attr-defined]
@@ -156,39 +154,7 @@ class Distillation(L.Callback):
         return Teaching(term, self.details)
 
     def _prepare(self, lesson: Lesson, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Build the teacher, find the layers, and try both models on two examples. Runs once all layers exist."""
-        teaching = lesson.teaching
-        if isinstance(self.source, Peer):
-            lesson.listen_to_peer(pl_module, self.source.name)
-            return
-        if self.source is None:
-            teaching.recall = recall_from(self.details.cache, None)
-            return
-        teaching.same_part = isinstance(self.source, OWN)
-        built = copy_of(pl_module) if isinstance(self.source, OWN) else build_teacher(self.source, pl_module)
-        self.teacher, teaching.teacher = built, RunningTeacher(built, self.details)
-        found = first_student_call(trainer, pl_module, self.student)
-        if self.layers:
-            self._tap(teaching, teaching.teacher, pl_module, found)
-        if found is not None:
-            lesson.tried_on(pl_module, *found)
-        if self.details.cache is not None:
-            teaching.recall = recall_from(self.details.cache, f"{fingerprint(built)} {self.details.precision}")
-        if not teaching.same_part:
-            self.teacher = teaching.teacher.module  # a converted one: the other's memory can go
-
-    def _tap(
-        self, teaching: Teaching, teacher: RunningTeacher, pl_module: L.LightningModule, found: tuple[Any, Call] | None
-    ) -> None:
-        """Attach to the layers of both models, paired by name, or by running both on two examples."""
-        part = found[1].name if found and teaching.same_part else ""
-        inputs, whole = (
-            None if found is None else teaching.arguments(found[1], found[0]),
-            self.teacher or teacher.module,
-        )
-        pairs = functools.partial(pair_called, pl_module, found and found[1], whole, part, inputs)
-        teaching.terms = tapped_terms(self.layers, pl_module, teacher.module, pairs)
-        self._undo += [undo for term in teaching.terms for undo in term.attach(pl_module, teacher.module)]
+        self.teacher = prepare(lesson, self.source, self.layers, trainer, pl_module, self._undo)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.lesson is None:
@@ -211,6 +177,7 @@ class Distillation(L.Callback):
         if self.lesson is None or not time_moved:
             return
         scaler = getattr(trainer.precision_plugin, "scaler", None)
+        self.lesson.teaching.sizes.settle()
         for term in self.lesson.teaching.terms:
             term.projections.step(1.0 if scaler is None else scaler.get_scale())
 

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from typing import Any
 
 import lightning.pytorch as L
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from lightning_compress.callbacks.clock import Clock
 from lightning_compress.callbacks.probe import uncompiled
 from lightning_compress.callbacks.step import intercept, with_loss
+from lightning_compress.distillation.logit_terms import combined
 from lightning_compress.distillation.taps import Call, Tap
-from lightning_compress.distillation.teaching import Teaching, combined
+from lightning_compress.distillation.teaching import Teaching
 from lightning_compress.distillation.weighing import Weight, value_at
 from lightning_compress.errors import CompressError
 from lightning_compress.measure.agreement import Agreement
@@ -47,7 +50,7 @@ class Lesson:
         self._length: int | None = None
         self._tap, self._peer = Tap(), Tap()
         self._peer_name: str | None = None
-        self._listening = False
+        self._listening, self._placed = False, False
         self._batch: Any = None
         self._undo: list[Undo] = []
         self._search_ends: Undo | None = None
@@ -56,7 +59,7 @@ class Lesson:
     def scheduled(self) -> bool:
         """Whether a weight or the temperature moves with the run's progress."""
         weights = (self.weight, self.temperature, self.teaching.details.task_weight)
-        return any(callable(weight) for weight in (*weights, *(each.term.weight for each in self.teaching.terms)))
+        return any(callable(weight) for weight in (*weights, *self.teaching.weights.values()))
 
     def attach(self, pl_module: L.LightningModule) -> list[Undo]:
         """Stand around the step and the backward of manual optimization; return what ends it. Runs at `setup`."""
@@ -93,32 +96,41 @@ class Lesson:
 
     def _listen(self, pl_module: L.LightningModule, name: str) -> None:
         self._undo.append(self._tap.attach(pl_module, name))
+        self._place(pl_module, name)
         self._listening = True
+
+    def _place(self, pl_module: L.LightningModule, name: str) -> None:
+        """Let the student's inputs have a gradient: of the one that was named, or seen in a trial or the first step."""
+        gradient = self.teaching.gradient
+        if gradient is not None and gradient.by_inputs and not self._placed:
+            self._undo.append(gradient.student.attach_inputs(pl_module, name))
+            self._placed = True
 
     def _end(self) -> None:
         for undo in reversed(self._undo):
             undo()
-        self._undo, self._listening = [], False
+        self._undo, self._listening, self._placed = [], False, False
 
     def tried_on(self, pl_module: L.LightningModule, batch: Any, call: Call) -> None:
-        """Compute each term once for two examples, without gradient, and forget what came of it. Runs at `setup`."""
+        """Compute each term once for two examples, and forget what came of it. Runs at `setup`."""
         teaching = self.teaching
-        with torch.no_grad():
-            if teaching.terms:
+        learning = functools.partial(torch.set_grad_enabled, teaching.gradient is not None)
+        self._place(pl_module, call.name)
+        with learning(), self._manner(searching=False):
+            if teaching.students:
                 part = pl_module.get_submodule(call.name) if call.name else pl_module
-                with evaluating(part), teaching.trying():
-                    part(*call.args, **call.kwargs)
+                with evaluating(part), teaching.trying(), learning():
+                    call = dataclasses.replace(call, output=part(*call.args, **call.kwargs))
             teaching.values([call], batch, value_at(self.temperature, 0.0))
-        for term in teaching.terms:
-            term.projections.clear()
+        teaching.forget_trial()
 
     # The step
 
     def _open(self, opened: bool) -> None:
         for tap in (self._tap, self._peer):
             tap.open = opened
-        for term in self.teaching.terms:
-            term.student.opened = opened
+        for reader in self.teaching.students:
+            reader.opened = opened
 
     def _forget(self) -> None:
         self._tap.take(), self._peer.take()
@@ -132,11 +144,14 @@ class Lesson:
         self.before_step()
         searching = not self._listening
         if searching:
+            gradient = self.teaching.gradient
+            waiting = gradient is not None and gradient.by_inputs and not self._placed
+            self._tap.enter = gradient.student.enter if gradient is not None and waiting else None
             self._search_ends = self._tap.attach_outermost(pl_module)
         self._batch = args[0] if args else next(iter(kwargs.values()))
         self._open(True)
         try:
-            with uncompiled() if searching else nullcontext():
+            with self._manner(searching):
                 output = original(*args, **kwargs)
                 self._open(False)
                 return self._combined(pl_module, output)
@@ -145,6 +160,15 @@ class Lesson:
             self._forget()
             self._batch = None
             self._stop_searching()
+
+    def _manner(self, searching: bool) -> ExitStack:
+        """How the step runs: torch.compile and fused attention have no second derivatives."""
+        twice, manner = self.teaching.gradient is not None, ExitStack()
+        if searching or twice:
+            manner.enter_context(uncompiled())
+        if twice:
+            manner.enter_context(sdpa_kernel(SDPBackend.MATH))
+        return manner
 
     def _around_backward(
         self, pl_module: L.LightningModule, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -192,7 +216,7 @@ class Lesson:
             values = teaching.balanced(task, values, self.clock.steps)
         weight = value_at(self.weight, progress)
         own = teaching.details.task_weight
-        weights = {each.name: value_at(each.term.weight, progress) for each in teaching.terms} | {"kd": weight}
+        weights = {name: value_at(each, progress) for name, each in teaching.weights.items()} | {"kd": weight}
         loss = combined(
             task, 1.0 - weight if own is None else value_at(own, progress),
             [(weights[name], value) for name, value in values.items()],

@@ -22,7 +22,6 @@ from lightning_compress.callbacks.regularization import SparsityRegularization
 from lightning_compress.callbacks.reshaping import traced_call
 from lightning_compress.callbacks.structured import StructuredPruning
 from lightning_compress.callbacks.weight_sharing import WeightSharing
-from lightning_compress.distillation.terms import name_of
 from lightning_compress.errors import NothingToCompress
 from lightning_compress.planning.example import Example, ExampleCall, example_call
 from lightning_compress.planning.rehearsal import Rehearsal, weighted_layers
@@ -234,7 +233,7 @@ def _code(acting: Rehearsal, name: str, layer: nn.Module, grids: Grids) -> None:
 def _(callback: Distillation, acting: Rehearsal, call: ExampleCall | None, steps: int | None) -> Stage:
     source = callback.source
     teacher = type(source).__name__ if isinstance(source, nn.Module) else str(source)
-    terms = [_named(callback.loss)] * (callback.weight != 0.0) + [name_of(term.loss) for term in callback.layers]
+    terms = [_named(callback.loss)] * (callback.weight != 0.0) + [term.name for term in callback.layers]
     return Stage(type(callback).__name__, f"teaches by {teacher}: {', '.join(terms)}")
 
 

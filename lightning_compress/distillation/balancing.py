@@ -16,6 +16,7 @@ __all__ = ["Balance", "RunningSizes", "gradient_norm"]
 Balance = Literal["gradient"] | bool
 
 MOMENTUM = 0.99
+SMALLEST = 1e-12
 EVERY = 10  # optimizer steps between the measures of gradients that lie deep in the student
 HALF_SCALE = 1024.0  # the gradient of a mean over a large batch falls below what float16 can hold
 
@@ -49,16 +50,23 @@ def gradient_norm(loss: Tensor, places: Sequence[Tensor]) -> Tensor:
 class RunningSizes:
     """Running means of the terms' magnitudes, or of their gradients': what `balanced` scales by.
 
-    Over processes they are those of the whole batch, by one reduction of a few numbers: every process scales alike.
+    A step is scaled by what the optimizer steps before it have shown, so that it is the same whether its batch comes at
+    once or in parts that accumulate; a term that nothing is known of yet waits with weight 0, as all do in the first
+    step. Over parts and processes the values are those of the whole batch, by one reduction of a few numbers a step:
+    every process scales alike.
     """
 
     def __init__(self) -> None:
         self.sizes: dict[str, float] = {}
+        self._noted: dict[str, list[Tensor]] = {}
+        self._gradients = False
 
     def scale(self, task: Tensor, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return each term times (size of the task's loss / size of the term). Runs in each step, before weights."""
-        self._follow({"task": task.detach().abs(), **{name: value.detach().abs() for name, value in terms.items()}})
-        return {name: value * (self.sizes["task"] / max(self.sizes[name], 1e-12)) for name, value in terms.items()}
+        self._note("task", task.detach().abs())
+        for name, value in terms.items():
+            self._note(name, value.detach().abs())
+        return {name: value * self._ratio(name, "task") for name, value in terms.items()}
 
     def scale_gradients(
         self, task: Tensor, terms: Mapping[str, Tensor], places: Mapping[str, Sequence[Tensor]], step: int
@@ -80,20 +88,39 @@ class RunningSizes:
         Raises:
             CompressError: the task's loss does not depend on what a term reads.
         """
-        due = [name for name in terms if name == "kd" or step % EVERY == 0 or name not in self.sizes]
-        norms: dict[str, Tensor] = {}
-        for name in due:
+        self._gradients, scaled = True, {}
+        for name, value in terms.items():
             read = [place for place in places[name] if place.requires_grad]
-            if not read or not terms[name].requires_grad:
-                continue  # nothing that learns
-            norms[name] = gradient_norm(terms[name], read)
-            norms[_at(name)] = self._of_task(task, name, read)
-        self._follow(norms, zeros=False, power=2)
-        return {name: value * self._ratio(name) for name, value in terms.items()}
+            if not read or not value.requires_grad:
+                scaled[name] = value  # nothing of the student learns by it
+                continue
+            if name == "kd" or step % EVERY == 0 or name not in self.sizes:
+                self._note(name, gradient_norm(value, read))
+                self._note(_at(name), self._of_task(task, name, read))
+            scaled[name] = value * self._ratio(name, _at(name))
+        return scaled
 
-    def _ratio(self, name: str) -> float:
-        own, task = self.sizes.get(name), self.sizes.get(_at(name))
-        return 1.0 if own is None or task is None else task / own
+    def settle(self) -> None:
+        """Take in what an optimizer step's batches have shown. Runs after it; every process calls it."""
+        noted, self._noted = self._noted, {}
+        if not noted:
+            return
+        # Squares of norms add up: each part and process has its share of the mean.
+        power = 2 if self._gradients else 1
+        sums = torch.stack([torch.stack(values).float().pow(power).sum() for values in noted.values()])
+        whole = (all_reduce_sum(sums) if world_size() > 1 else sums) ** (1 / power)
+        for (name, values), total in zip(noted.items(), whole.tolist(), strict=True):
+            value = total / (len(values) * world_size())
+            if value != 0.0 or not self._gradients:
+                old = self.sizes.get(name, value)
+                self.sizes[name] = MOMENTUM * old + (1.0 - MOMENTUM) * value
+
+    def _note(self, name: str, value: Tensor) -> None:
+        self._noted.setdefault(name, []).append(value)
+
+    def _ratio(self, name: str, reference: str) -> float:
+        own, task = self.sizes.get(name), self.sizes.get(reference)
+        return 0.0 if own is None or task is None else task / max(own, SMALLEST)
 
     @staticmethod
     def _of_task(task: Tensor, name: str, read: Sequence[Tensor]) -> Tensor:
@@ -104,19 +131,6 @@ class RunningSizes:
                 f"cannot be balanced by gradients; pass details=Details(balanced=True), which compares sizes"
             )
         return norm
-
-    def _follow(self, values: Mapping[str, Tensor], zeros: bool = True, power: int = 1) -> None:
-        if not values:
-            return
-        # Squares, because the norm over the examples of all processes, each with its share of the mean, adds up so.
-        stacked = torch.stack([value.float() for value in values.values()])
-        whole = all_reduce_sum(stacked**power) ** (1 / power) / world_size() if world_size() > 1 else stacked
-        now = whole.tolist()
-        for name, value in zip(values, now, strict=True):
-            if value == 0.0 and not zeros:
-                continue
-            old = self.sizes.get(name, value)
-            self.sizes[name] = MOMENTUM * old + (1.0 - MOMENTUM) * value
 
 
 def _at(name: str) -> str:

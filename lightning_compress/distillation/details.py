@@ -32,12 +32,14 @@ class Details:
         mask: batch -> what counts, for a loss that has a parameter `mask`; None takes the call's `attention_mask`, and
             labels that are not -100, where they fit the value.
         balanced: bring each term to the size of the task's loss, both as running means, before its weight counts;
-            "gradient" compares the norms of their gradients by what the term reads of the student instead.
+            "gradient" compares the norms of their gradients by what the term reads of the student instead. Means are of
+            the optimizer steps before, so that the first step is the task's alone.
         precision: the teacher's, as the Trainer writes it; None is the run's. "int8" is the run's too, with weights as
             codes of one byte that are floating point only while they are used.
         compiled: compile the teacher with `torch.compile`.
-        cache: folder that keeps the teacher's logits, or a `LogitCache`: the first epoch writes them, later epochs and
-            runs read them (a run with `teacher=None` only reads). Inputs must repeat: no random augmentation.
+        cache: folder that keeps the teacher's logits and the values of its layers that terms read, or a `LogitCache`:
+            the first epoch writes them, later epochs and runs read them (a run with `teacher=None` only reads). Inputs
+            must repeat: no random augmentation.
         device: the teacher's, such as "cuda:1"; None is the student's. Inputs and outputs are moved.
 
     Raises:

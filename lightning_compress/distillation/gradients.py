@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_compress.distillation.comparing import kept_mean, paired, unit
 
-__all__ = ["gradient_matching", "input_gradient"]
+__all__ = ["gradient_matching", "input_gradient", "likeliest"]
 
 
 def input_gradient(outputs: Tensor, inputs: Tensor, direction: Tensor, *, create_graph: bool = True) -> Tensor:
@@ -45,6 +45,23 @@ def input_gradient(outputs: Tensor, inputs: Tensor, direction: Tensor, *, create
         )
     (gradient,) = torch.autograd.grad(outputs, inputs, direction.to(outputs.dtype), create_graph=create_graph)
     return gradient
+
+
+def likeliest(logits: Tensor) -> Tensor:
+    """Return the direction of each example's (or token's) most likely class, for `input_gradient`. Runs in each step.
+
+    Args:
+        logits: (batch, classes) or (batch, tokens, classes), the teacher's; of (batch,) it is 1 everywhere.
+
+    Returns:
+        the same shape and dtype.
+
+    >>> likeliest(torch.tensor([[1.0, 3.0, 2.0]]))
+    tensor([[0., 1., 0.]])
+    """
+    if logits.dim() < 2:
+        return torch.ones_like(logits)
+    return torch.nn.functional.one_hot(logits.argmax(dim=-1), logits.shape[-1]).to(logits.dtype)
 
 
 def gradient_matching(student: Tensor, teacher: Tensor, *, normalize: bool = True) -> Tensor:

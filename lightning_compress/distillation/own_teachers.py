@@ -67,7 +67,7 @@ def check_source(
         teacher: as the user gave it; None only reads a cache.
         student: its name, or None.
         layers: whether it teaches layers.
-        cached: whether its logits are kept.
+        cached: whether what it says is kept.
         precision: of `Details`.
 
     Raises:
@@ -77,8 +77,11 @@ def check_source(
     """
     if isinstance(teacher, Peer) and (layers or student is None):
         raise ValueError("a Peer teaches by its logits a student that is named: pass student='name', and no layers")
-    if cached and (layers or isinstance(teacher, (StartingModel, MeanTeacher, Peer))):
-        raise ValueError("a cache holds logits of a teacher that stays as it is: leave out layers=, or the cache")
+    if cached and isinstance(teacher, (StartingModel, MeanTeacher, Peer)):
+        raise ValueError(
+            f"a cache holds what a teacher says that stays as it is, got {teacher}; pass a module or a checkpoint, or "
+            f"leave the cache out"
+        )
     check_small(teacher, precision)
     if teacher is None and not cached:
         raise ValueError("teacher=None reads a cache that another run has written: pass details=Details(cache=...)")

@@ -1,15 +1,15 @@
-"""A teacher's logits from its cache, and from the teacher where the cache has none yet."""
+"""What a teacher says from its cache, and from the teacher where the cache has nothing yet."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lightning_compress.distillation.cache import LogitCache, LogitStore, check_repeats
 from lightning_compress.distillation.keys import example_keys
+from lightning_compress.distillation.rows import Answers
 from lightning_compress.errors import CompressError
 
 __all__ = ["Recall", "recall_from"]
@@ -28,15 +28,15 @@ class Recall:
         self.all_seen = False  # whether each example of the training data has come once
 
     def __call__(
-        self, arguments: tuple[tuple[Any, ...], dict[str, Any]], device: torch.device, ask: Callable[..., Tensor]
-    ) -> Tensor:
-        """Return the teacher's logits for these inputs. Runs in each step.
+        self, arguments: tuple[tuple[Any, ...], dict[str, Any]], device: torch.device, ask: Callable[..., Answers]
+    ) -> Answers:
+        """Return what the teacher says of these inputs. Runs in each step.
 
         Raises:
             CompressError: inputs change from epoch to epoch, or are not in a store that is only read.
         """
         keys = example_keys(*arguments)
-        found = self.store.find(keys, device)
+        found = self.store.recall(keys, device)
         if found is not None:
             return found
         known = self.store.known(keys)
@@ -47,12 +47,21 @@ class Recall:
                 f"was written for other inputs (another data set, another preprocessing, random augmentation); pass "
                 f"teacher= as well, or the cache of these data"
             )
-        logits = ask(*arguments)
-        self.store.add(keys, logits)
-        return logits
+        answers = ask(*arguments)
+        self.store.keep(keys, answers)
+        return answers
 
 
-def recall_from(cache: str | LogitCache | None, teacher: str | None) -> Recall:
-    """Open a cache, by its folder or its options, for a teacher's fingerprint; None only reads. Runs at `setup`."""
+def recall_from(
+    cache: str | LogitCache | None, teacher: str | None, layers: Collection[str] = (), logits: bool = True
+) -> Recall:
+    """Open a cache, by its folder or its options. Runs at `setup`.
+
+    Args:
+        cache: of `Details`.
+        teacher: its fingerprint; None only reads.
+        layers: what is read of which layers.
+        logits: whether logits are read.
+    """
     options = cache if isinstance(cache, LogitCache) else LogitCache(str(cache))
-    return Recall(options.open(teacher), read_only=teacher is None)
+    return Recall(options.open(teacher, layers, logits), read_only=teacher is None)

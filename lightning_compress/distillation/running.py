@@ -22,7 +22,7 @@ DTYPES = {"bf16": torch.bfloat16, "16": torch.float16, "32": torch.float32}
 
 
 class RunningTeacher:
-    """Calls a teacher without gradient as `Details` asks. Modes are put back by `release`.
+    """Calls a teacher as `Details` asks, without gradient unless one is asked for. Modes are put back by `release`.
 
     Args:
         module: in any mode; it is put into eval mode.
@@ -54,13 +54,14 @@ class RunningTeacher:
             self.module = convert(self.module)
         self.module.to(self.device or device)
 
-    def __call__(self, part: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def __call__(self, part: str, args: tuple[Any, ...], kwargs: dict[str, Any], gradient: bool = False) -> Any:
         """Return the output for a student's inputs. Runs in each step.
 
         Args:
             part: name of the submodule to call; "" is the teacher.
             args: of the student's call, or of `inputs`.
             kwargs: the same.
+            gradient: keep the graph from the inputs to the output.
 
         Raises:
             TypeError: it does not take these inputs.
@@ -74,7 +75,7 @@ class RunningTeacher:
         elif not (home is not None and torch.is_autocast_enabled(home.type)):
             given = pytree.tree_map_only(Tensor, self._widened, given)
         with self._context(self.device or home):
-            output = call_teacher(called, *given)
+            output = call_teacher(called, *given, gradient=gradient)
         if self.device is not None or self.converted:
             output = pytree.tree_map_only(Tensor, lambda value: value.to(home), output)
         if not self.checked:

@@ -44,10 +44,13 @@ class Tap:
     Args:
         open: whether calls are collected now.
         stop: raise `StudentSeen` at the first call.
+        enter: called with name, module and positional arguments before each call that `attach_outermost` listens to;
+            what it returns, unless None, takes the arguments' place.
     """
 
     open: bool = False
     stop: bool = False
+    enter: Callable[[str, nn.Module, tuple[Any, ...]], tuple[Any, ...] | None] | None = None
     calls: list[Call] = field(default_factory=list)
 
     def take(self) -> list[Call]:
@@ -83,9 +86,11 @@ class Tap:
         }
         depth = 0
 
-        def enter(module: nn.Module, args: Any) -> None:
+        def enter(module: nn.Module, args: Any) -> Any:
             nonlocal depth
-            depth += self.open and id(module) in names
+            mine = self.open and id(module) in names
+            depth += mine
+            return self.enter(names[id(module)], module, args) if mine and depth == 1 and self.enter else None
 
         def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if self.open and depth == 1 and id(module) in names:
@@ -122,7 +127,8 @@ class LayerTap:
     Args:
         read: "output" or "input", the first tensor of either; or "attention", the maps that an attention layer gives
             as its second output.
-        gradient: leave out calls without gradient, as validation makes them; False for a teacher.
+        gradient: leave out calls without gradient, as validation makes them; False for a teacher, whose values are
+            kept without their graph.
         seen: what was read, by layer, in the order of its calls.
     """
 
@@ -204,7 +210,7 @@ def _read(tap: LayerTap, name: str, module: nn.Module, args: Any, kwargs: dict[s
                 "take query_key_relation of its query and key layers"
             )
         raise TypeError(f"expected {tap.read} of '{name}' ({type(module).__name__}) to be a tensor, got none; {cure}")
-    tap.seen.setdefault(name, []).append(value)
+    tap.seen.setdefault(name, []).append(value if tap.gradient else value.detach())
 
 
 def first_tensor(value: Any) -> Tensor | None:

@@ -174,18 +174,24 @@ def _shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     return ", ".join([*map(shown, args), *(f"{name}={shown(value)}" for name, value in kwargs.items())])
 
 
-@torch.no_grad()
-def call_teacher(teacher: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call the teacher without gradient with what the student was called with, labels left out. Runs in each step.
+def call_teacher(teacher: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, gradient: bool = False) -> Any:
+    """Call the teacher with what the student was called with, labels left out. Runs in each step.
 
     Not under inference mode: tensors made there cannot be saved for the student's backward.
+
+    Args:
+        teacher: the module.
+        args: of the student's call.
+        kwargs: the same.
+        gradient: keep the graph from the inputs to the output.
 
     Raises:
         TypeError: the teacher's forward does not take these inputs.
     """
     passed = {name: value for name, value in kwargs.items() if name != "labels"}
     check_call(teacher, args, passed, f"teacher {type(teacher).__name__}")
-    return teacher(*args, **passed)
+    with torch.set_grad_enabled(gradient):
+        return teacher(*args, **passed)
 
 
 def check_call(teacher: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,55 +12,22 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lightning_compress.distillation.balancing import RunningSizes
-from lightning_compress.distillation.comparing import kept_tokens, keywords_of, takes_temperature
+from lightning_compress.distillation.batches import labels_of, mask_of
+from lightning_compress.distillation.comparing import keywords_of
 from lightning_compress.distillation.details import Details
+from lightning_compress.distillation.gradient_terms import PlacedTerm, place_of
+from lightning_compress.distillation.logit_terms import LogitTerm
+from lightning_compress.distillation.places import Place
 from lightning_compress.distillation.recall import Recall
+from lightning_compress.distillation.rows import Answers
 from lightning_compress.distillation.running import RunningTeacher
-from lightning_compress.distillation.taps import Call, logits_of
+from lightning_compress.distillation.taps import Call, LayerTap, logits_of
 from lightning_compress.distillation.terms import TappedTerm
+from lightning_compress.distillation.weighing import Weight
 from lightning_compress.errors import CompressError
 from lightning_compress.measure.agreement import Agreement
 
-__all__ = ["LogitTerm", "Teaching", "combined"]
-
-
-def combined(task: Tensor | None, task_weight: float, terms: Sequence[tuple[float, Tensor]]) -> Tensor | None:
-    """Return task_weight * task + sum of weight * term; what has weight 0 is left out, NaN or not. Runs in each step.
-
-    >>> combined(torch.tensor(1.0), 0.5, [(2.0, torch.tensor(3.0))])
-    tensor(6.5000)
-    >>> combined(torch.tensor(torch.nan), 0.0, [(1.0, torch.tensor(3.0))])
-    tensor(3.)
-    """
-    parts = [value if weight == 1.0 else weight * value for weight, value in terms if weight]
-    if task is not None and task_weight:
-        parts.insert(0, task if task_weight == 1.0 else task_weight * task)
-    return sum(parts[1:], parts[0]) if parts else task
-
-
-@dataclass(frozen=True)
-class LogitTerm:
-    """The loss of the logits: how it is called, and how logits are read of an output."""
-
-    loss: Callable[..., Tensor]
-    outputs: Callable[[Any], Tensor] = logits_of
-
-    def __call__(
-        self, who: str, call: Call, teacher: Tensor, temperature: float, options: Mapping[str, Tensor]
-    ) -> Tensor:
-        """Return the loss between a student's call and a teacher's logits.
-
-        Raises:
-            ValueError: logits of different shapes.
-        """
-        student = self.outputs(call.output)
-        if student.shape != teacher.shape:
-            raise ValueError(
-                f"teacher and student must have logits of one shape, got {tuple(teacher.shape)} from {who} and "
-                f"{tuple(student.shape)} from the student '{call.name}'; use a teacher with the same classes (or "
-                f"vocabulary), or pass details=Details(outputs=a function that makes them equal)"
-            )
-        return self.loss(student, teacher, *([temperature] if takes_temperature(self.loss) else []), **options)
+__all__ = ["Teaching"]
 
 
 @dataclass
@@ -73,8 +40,9 @@ class Teaching:
         teacher: None where outputs come from elsewhere.
         same_part: the teacher is a copy of the whole LightningModule, of which the student's own part is called.
         terms: of layers.
+        gradient: the term of input gradients.
         sizes: of the terms, for `balanced`.
-        recall: a store of the teacher's logits, which is asked first.
+        recall: a store of what the teacher says, which is asked first.
         agreement: counts where both models find the same class most likely; None does not.
         read: what each term read of the student in this step, where terms are balanced by gradients.
     """
@@ -84,10 +52,27 @@ class Teaching:
     teacher: RunningTeacher | None = None
     same_part: bool = False
     terms: list[TappedTerm] = field(default_factory=list)
+    gradient: PlacedTerm | None = None
     sizes: RunningSizes = field(default_factory=RunningSizes)
     recall: Recall | None = None
     agreement: Agreement | None = None
     read: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    @property
+    def weights(self) -> dict[str, Weight]:
+        """What each term beside the logits' is multiplied by, by name."""
+        own = {each.name: each.term.weight for each in self.terms}
+        return own if self.gradient is None else {**own, self.gradient.name: self.gradient.term.weight}
+
+    @property
+    def students(self) -> list[LayerTap | Place]:
+        """What reads the student's layers and inputs."""
+        return [each.student for each in (*self.terms, self.gradient) if each is not None]
+
+    @property
+    def teachers(self) -> list[LayerTap | Place]:
+        """What reads the teacher's."""
+        return [each.teacher for each in (*self.terms, self.gradient) if each is not None]
 
     def logits_of(self, call: Call) -> Tensor:
         """Return the student's logits."""
@@ -105,21 +90,35 @@ class Teaching:
             given: the teacher's outputs, where it is not called here.
         """
         seen = [term.student.take() for term in self.terms]
+        places = [] if self.gradient is None else self.gradient.student.take()
         if self.details.balanced == "gradient" and torch.is_grad_enabled():
             self.read = self._places(calls, seen)
         found: dict[str, list[Tensor]] = {}
         for index, call in enumerate(calls):
-            with _Reading(self.terms):
+            with _opened(self.teachers):
                 output = self._output(call, batch) if given is None else given[index]
                 for name, value in self._terms(index, len(calls), call, output, batch, temperature, seen):
                     found.setdefault(name, []).append(value)
+                if self.gradient is not None:
+                    logits = self.logits_of(call), (self.details.outputs or logits_of)(output)
+                    value = self.gradient.value(
+                        place_of(places, index, len(calls)), *logits, mask_of(self.details, call, batch)
+                    )
+                    found.setdefault(self.gradient.name, []).append(value)
         return {name: torch.stack(values).mean() for name, values in found.items()}
 
     def forget(self) -> None:
         """Let go of what was read in a step. Runs at its end."""
         self.read = {}
+        for tap in self.students:
+            tap.take()
+
+    def forget_trial(self) -> None:
+        """Let go of what two examples have made. Runs at `setup`."""
         for term in self.terms:
-            term.student.take()
+            term.projections.clear()
+        if self.gradient is not None:
+            self.gradient.proven = False
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is learned: the terms' sizes and projections."""
@@ -160,27 +159,44 @@ class Teaching:
 
     @contextmanager
     def trying(self) -> Iterator[None]:
-        """Read the student's layers in the block though nothing has a gradient. Runs at `setup`."""
-        taps = [term.student for term in self.terms]
-        for tap in taps:
-            tap.opened, tap.gradient = True, False
+        """Read the student in the block though nothing has a gradient. Runs at `setup`."""
+        for term in self.terms:
+            term.student.gradient = False
+        for tap in self.students:
+            tap.opened = True
         try:
             yield
         finally:
-            for tap in taps:
-                tap.opened, tap.gradient = False, True
+            for tap in self.students:
+                tap.opened = False
+            for term in self.terms:
+                term.student.gradient = True
 
     def _output(self, call: Call, batch: Any) -> Any:
         arguments = self.arguments(call, batch)
         if self.recall is not None:
-            return self.recall(arguments, self.logits_of(call).device, self._ask)
+            answers = self.recall(arguments, self._device(call), self._answers)
+            for term in self.terms:
+                term.hear(answers.layers)
+            return answers.logits
         return self._ask(*arguments, part=call.name if self.same_part else "")
 
     def _ask(self, args: tuple[Any, ...], kwargs: dict[str, Any], part: str = "") -> Any:
         if self.teacher is None:
             raise CompressError("Distillation is not set up; it works inside trainer.fit")
-        output = self.teacher(part, args, kwargs)
-        return output if self.recall is None else (self.details.outputs or logits_of)(output)
+        if self.gradient is not None:
+            args, kwargs = self.gradient.asked((args, kwargs), self.teacher.part(part))
+        return self.teacher(part, args, kwargs, gradient=self.gradient is not None)
+
+    def _answers(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Answers:
+        """Return what a cache keeps of a call of the teacher."""
+        output = self._ask(args, kwargs)
+        logits = None if self.logits is None else self.logits.outputs(output)
+        return Answers(logits, {held: own for term in self.terms for held, own in term.said().items()})
+
+    def _device(self, call: Call) -> torch.device:
+        leaves = (leaf for leaf in pytree.tree_leaves((call.output, call.args)) if isinstance(leaf, Tensor))
+        return next((leaf.device for leaf in leaves), torch.device("cpu"))
 
     @torch.no_grad()
     def _note(self, student: Tensor, teacher: Tensor) -> None:
@@ -202,11 +218,12 @@ class Teaching:
     ) -> list[tuple[str, Tensor]]:
         found = []
         if self.logits is not None:
-            who = "its peer" if self.teacher is None else f"the teacher {type(self.teacher.module).__name__}"
-            wanted = output if self.recall is not None else self.logits.outputs(output)
+            who = "its peer" if self.recall is None else "the cache"
+            who = who if self.teacher is None else f"the teacher {type(self.teacher.module).__name__}"
+            wanted = output if self.recall is not None else self.logits.outputs(output).detach()
             found.append(("kd", self.logits(who, call, wanted, temperature, self._options(call, batch))))
             self._note(self.logits_of(call), wanted)
-        mask = self._mask(call, batch) if self.terms else None
+        mask = mask_of(self.details, call, batch) if self.terms else None
         for term, values in zip(self.terms, seen, strict=True):
             found.append((term.name, term.value(index, count, values, mask)))
         return found
@@ -218,60 +235,22 @@ class Teaching:
             return options
         wanted = keywords_of(self.logits.loss)
         if "labels" in wanted:
-            options["labels"] = self._labels(call, batch)
+            options["labels"] = labels_of(self.details, call, batch)
         if "mask" in wanted:
-            mask = self._mask(call, batch)
+            mask = mask_of(self.details, call, batch)
             if mask is not None and mask.shape == self.logits_of(call).shape[:-1]:
                 options["mask"] = mask
         return options
 
-    def _labels(self, call: Call, batch: Any) -> Tensor:
-        if self.details.labels is not None:
-            return self.details.labels(batch)
-        found = labels_in(call, batch)
-        if found is None:
-            raise ValueError(
-                f"the loss needs labels, but none were found in the student's call or in a batch of type "
-                f"{type(batch).__name__}; pass details=Details(labels=a function from the batch to its labels)"
-            )
-        return found
 
-    def _mask(self, call: Call, batch: Any) -> Tensor | None:
-        if self.details.mask is not None:
-            return self.details.mask(batch)
-        attention, labels = call.kwargs.get("attention_mask"), labels_in(call, batch)
-        fits = labels if labels is not None and labels.dim() == 2 else None
-        if attention is None or attention.dim() != 2:
-            return None if fits is None else kept_tokens(labels=fits)
-        same = fits is not None and fits.shape == attention.shape
-        return kept_tokens(attention, fits if same else None)
-
-
-def labels_in(call: Call, batch: Any) -> Tensor | None:
-    """Return the labels of the student's call, or of a batch: a mapping's "labels" or "label", or the second item.
-
-    >>> labels_in(Call("", (), {}, None), (torch.zeros(1, 4), torch.tensor([3])))
-    tensor([3])
-    """
-    found = call.kwargs.get("labels")
-    if found is None and isinstance(batch, Mapping):
-        found = next((batch[name] for name in ("labels", "label") if name in batch), None)
-    if found is None and isinstance(batch, (tuple, list)) and len(batch) > 1:
-        found = batch[1]
-    return found if isinstance(found, Tensor) else None
-
-
-class _Reading:
-    """Opens the teacher's taps of all terms, for one call."""
-
-    def __init__(self, terms: Sequence[TappedTerm]) -> None:
-        self.taps = [term.teacher for term in terms]
-
-    def __enter__(self) -> None:
-        for tap in self.taps:
-            tap.opened = True
-
-    def __exit__(self, *error: object) -> None:
-        for tap in self.taps:
+@contextmanager
+def _opened(taps: Sequence[LayerTap | Place]) -> Iterator[None]:
+    """Read one call of the teacher in the block, and forget it at the end."""
+    for tap in taps:
+        tap.opened = True
+    try:
+        yield
+    finally:
+        for tap in taps:
             tap.opened = False
-            tap.seen.clear()
+            tap.take()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,10 +16,10 @@ from lightning_compress.distillation.pairing import pair_by_depth
 from lightning_compress.distillation.projections import Projections, channel_dim
 from lightning_compress.distillation.taps import LayerTap, Read, unwrapped
 from lightning_compress.errors import CompressError
-from lightning_compress.select import Pattern, matching_modules
+from lightning_compress.select import Pattern, matching_modules, patterns_or_none
 from lightning_compress.sharding import clean_name
 
-__all__ = ["LayerTerm", "TappedTerm", "name_of", "same_name", "tapped_terms"]
+__all__ = ["LayerTerm", "TappedTerm", "held_as", "name_of", "recalled_terms", "same_name", "tapped_terms"]
 
 Patterns = Pattern | Sequence[Pattern]
 
@@ -57,6 +58,16 @@ class LayerTerm:
         if self.student is None and self.teacher is not None:
             raise ValueError(f"teacher={self.teacher!r} was given without student; name the student's layers too")
 
+    @property
+    def name(self) -> str:
+        """What it is logged as, the first of its kind."""
+        return name_of(self.loss)
+
+    @property
+    def of_one_width(self) -> bool:
+        """Whether it needs layers that keep their widths."""
+        return not any_width(self.loss)
+
 
 def name_of(loss: Any) -> str:
     """Return what a term is logged as: the name of its function.
@@ -79,11 +90,32 @@ class TappedTerm:
     teacher: LayerTap
     projections: Projections
 
-    def attach(self, student: nn.Module, teacher: nn.Module) -> list[Callable[[], None]]:
-        """Listen to the layers of both; return what ends it. Runs once, before a compiled model's first call."""
-        own, other = zip(*self.pairs, strict=True)
-        sides = ((self.student, student, own), (self.teacher, teacher, other))
-        return [tap.attach(root, list(dict.fromkeys(names))) for tap, root, names in sides]
+    def attach(self, student: nn.Module, teacher: nn.Module | None) -> list[Callable[[], None]]:
+        """Listen to the layers of both; return what ends it. Runs once, before a compiled model's first call.
+
+        Args:
+            student: the LightningModule.
+            teacher: None where a cache stands for it.
+        """
+        own, other = (list(dict.fromkeys(names)) for names in zip(*self.pairs, strict=True))
+        ends = [self.student.attach(student, own)]
+        if teacher is None:
+            self.teacher.names = tuple(other)
+            return ends
+        return [*ends, self.teacher.attach(teacher, other)]
+
+    @property
+    def reads(self) -> dict[str, str]:
+        """What a cache calls each of the teacher's layers that the term reads."""
+        return {held_as(self.term.read, name): name for name in self.teacher.names}
+
+    def said(self) -> dict[str, list[Tensor]]:
+        """Return what the teacher's layers have just given, as a cache takes it in."""
+        return {held: self.teacher.seen[name] for held, name in self.reads.items() if name in self.teacher.seen}
+
+    def hear(self, layers: Mapping[str, Sequence[Tensor]]) -> None:
+        """Take what a cache holds for what the teacher's layers give."""
+        self.teacher.seen = {name: list(layers[held]) for held, name in self.reads.items()}
 
     def value(self, call: int, calls: int, seen: Mapping[str, list[Tensor]], mask: Tensor | None) -> Tensor:
         """Return the mean over pairs for one call of the student; what the teacher gave is in its tap."""
@@ -142,26 +174,70 @@ def tapped_terms(
     Raises:
         ValueError: a pattern matches nothing, or the two sides do not pair.
     """
+    return _tapped(terms, lambda term: found() if term.student is None else _named(term, module, teacher))
+
+
+def _tapped(terms: Iterable[LayerTerm], pairs: Callable[[LayerTerm], list[tuple[str, str]]]) -> list[TappedTerm]:
     tapped: list[TappedTerm] = []
     for term in terms:
         name, same = name_of(term.loss), sum(name_of(term.loss) == name_of(other.term.loss) for other in tapped)
         name = f"{name}_{same + 1}" if same else name
-        pairs = found() if term.student is None else _named(term.student, term.teacher, module, teacher)
         taps = LayerTap(term.read), LayerTap(term.read, gradient=False)
-        tapped.append(TappedTerm(name, term, pairs, *taps, Projections(term.learning_rate)))
+        tapped.append(TappedTerm(name, term, pairs(term), *taps, Projections(term.learning_rate)))
     return tapped
 
 
-def _named(student: Patterns, teacher: Patterns | None, module: nn.Module, other: nn.Module) -> list[tuple[str, str]]:
-    own = list(matching_modules(unwrapped(module), student, "student's layers"))
-    if teacher is None:
+def held_as(read: str, name: str) -> str:
+    """Return what a cache calls a value of a layer.
+
+    >>> held_as("output", "encoder.0")
+    'output of encoder.0'
+    """
+    return f"{read} of {name}"
+
+
+def recalled_terms(terms: Iterable[LayerTerm], module: nn.Module, held: Sequence[str]) -> list[TappedTerm]:
+    """Return the terms with their pairs, the teacher's layers being those that a cache holds. Runs once, at `setup`.
+
+    Args:
+        terms: as the user gave them.
+        module: the LightningModule.
+        held: what the cache has of which layers.
+
+    Raises:
+        ValueError: a pattern matches nothing, or the two sides do not pair.
+    """
+
+    def pairs(term: LayerTerm) -> list[tuple[str, str]]:
+        start = held_as(term.read, "")
+        names = [name.removeprefix(start) for name in held if name.startswith(start)]
+        patterns = patterns_or_none(term.teacher) or ()
+        wanted = [name for name in names if any(fnmatchcase(name, str(pattern)) for pattern in patterns)]
+        if term.student is None or (patterns and not wanted):
+            raise ValueError(
+                f"without a teacher LayerTerm needs names of the student's layers, and of the teacher's those in the "
+                f"cache, got student={term.student!r}, teacher={term.teacher!r}; the cache holds "
+                f"{', '.join(held) or 'logits only'}"
+            )
+        own = list(matching_modules(unwrapped(module), term.student, "student's layers"))
+        return _paired(own, wanted, term) if patterns else [(name, same_name(name, names)) for name in own]
+
+    return _tapped(terms, pairs)
+
+
+def _named(term: LayerTerm, module: nn.Module, other: nn.Module) -> list[tuple[str, str]]:
+    own = list(matching_modules(unwrapped(module), term.student or (), "student's layers"))
+    if term.teacher is None:
         names = {clean_name(name) for name, _ in unwrapped(other).named_modules()}
         return [(name, same_name(name, names)) for name in own]
-    wanted = list(matching_modules(unwrapped(other), teacher, "teacher's layers"))
+    return _paired(own, list(matching_modules(unwrapped(other), term.teacher, "teacher's layers")), term)
+
+
+def _paired(own: list[str], wanted: list[str], term: LayerTerm) -> list[tuple[str, str]]:
     if len(wanted) < len(own):
         raise ValueError(
-            f"expected as many layers of the teacher as of the student or more, {student!r} matches {len(own)} and "
-            f"{teacher!r} {len(wanted)}; name fewer of the student's"
+            f"expected as many layers of the teacher as of the student or more, {term.student!r} matches {len(own)} "
+            f"and {term.teacher!r} {len(wanted)}; name fewer of the student's"
         )
     return list(zip(own, wanted, strict=True)) if len(own) == len(wanted) else pair_by_depth(own, wanted)
 

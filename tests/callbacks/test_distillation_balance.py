@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import pytest
@@ -47,7 +48,10 @@ def test_two_parabolas_in_closed_form(first: float, second: float, left: float, 
     task = abs(second) * 0.5 * (z**2).sum() + 1000.0
     term = first * 0.5 * ((z - 9.0) ** 2).sum()
     sizes = RunningSizes()
-    scaled = sizes.scale_gradients(task, {"kd": term}, {"kd": [z]}, step=0)["kd"]
+    first_step = sizes.scale_gradients(task, {"kd": term}, {"kd": [z]}, step=0)["kd"]
+    assert first_step.item() == 0.0, "nothing is known yet"
+    sizes.settle()
+    scaled = sizes.scale_gradients(task, {"kd": term}, {"kd": [z]}, step=1)["kd"]
     norm = abs(second) * (left**2 + right**2) ** 0.5
     own = first * ((left - 9.0) ** 2 + (right + 9.0) ** 2) ** 0.5
     assert scaled.item() == pytest.approx(term.item() * norm / own, rel=1e-5)
@@ -58,11 +62,12 @@ def test_norms_are_followed_slowly_and_zeros_are_left_out() -> None:
     z = torch.tensor([1.0], requires_grad=True)
     sizes = RunningSizes()
     terms = [2.0 * z.sum(), 6.0 * z.sum(), 0.0 * z.sum()]
-    factors = [
-        sizes.scale_gradients(z.sum(), {"kd": term}, {"kd": [z]}, step)["kd"].item() / max(term.item(), 1e-30)
-        for step, term in enumerate(terms)
-    ]
-    assert factors == pytest.approx([1 / 2, 1 / (0.99 * 2 + 0.01 * 6), 0.0])
+    factors = []
+    for step, term in enumerate(terms):
+        scaled = sizes.scale_gradients(z.sum(), {"kd": term}, {"kd": [z]}, step)["kd"]
+        factors.append(scaled.item() / max(term.item(), 1e-30))
+        sizes.settle()
+    assert factors == pytest.approx([0.0, 1 / 2, 0.0])
     assert sizes.sizes == pytest.approx({"kd": 2.04, "task at kd": 1.0})
 
 
@@ -72,6 +77,7 @@ def test_layers_are_measured_every_tenth_step() -> None:
     seen = []
     for step in range(21):
         sizes.scale_gradients(z.sum(), {"hint": (step + 1.0) * z.sum()}, {"hint": [z]}, step)
+        sizes.settle()
         seen.append(sizes.sizes["hint"])
     assert seen[:10] == [1.0] * 10
     assert seen[10:20] == pytest.approx([0.99 + 0.11] * 10)
@@ -82,22 +88,45 @@ def test_a_fit_by_hand(student: Recorded, teacher: nn.Sequential) -> None:
     """Logits and a hint, each against the task where it reads, with autograd written out."""
     term = LayerTerm(feature_mse, "model.0", "2", weight=2.0, project=True)
     callback = Distillation(teacher, weight=0.25, layers=term, details=BY_GRADIENT)
-    fit(student, callback, max_steps=1)
-    model, inputs, labels = at(student, 0)
-    hidden = model[0](inputs)
-    logits = model[1:](hidden)
-    own = projection("feature_mse: model.0 -> 2", 8, 3)
-    with torch.no_grad():
-        wanted = teacher(inputs)
-    task, kd = functional.cross_entropy(logits, labels), soft_targets(logits, wanted, 2.0)
-    hint = functional.mse_loss(own(hidden), wanted)
+    fit(student, callback, max_steps=2)
+    own = projection("feature_mse: model.0 -> 2", 8, 3)  # its first step has no gradient
+    values = []
+    for step in range(2):
+        model, inputs, labels = at(student, step)
+        hidden = model[0](inputs)
+        logits = model[1:](hidden)
+        with torch.no_grad():
+            wanted = teacher(inputs)
+        task, kd = functional.cross_entropy(logits, labels), soft_targets(logits, wanted, 2.0)
+        hint = functional.mse_loss(own(hidden), wanted)
 
-    def norm(loss: Tensor, place: Tensor) -> float:
-        return float(torch.autograd.grad(loss, place, retain_graph=True)[0].norm())
+        def norm(loss: Tensor, place: Tensor) -> float:
+            return float(torch.autograd.grad(loss, place, retain_graph=True)[0].norm())
 
-    expected = 0.75 * task + 0.25 * kd * norm(task, logits) / norm(kd, logits)
-    expected = expected + 2.0 * hint * norm(task, hidden) / norm(hint, hidden)
-    assert student.losses[0] == pytest.approx(expected.item(), rel=1e-4)
+        ratios = norm(task, logits) / norm(kd, logits), norm(task, hidden) / norm(hint, hidden)
+        values.append((task.item(), kd.item(), hint.item(), ratios))
+    (task, *_, (by_logits, by_hidden)), (later_task, later_kd, later_hint, _) = values
+    assert student.losses[0] == pytest.approx(0.75 * task, rel=1e-5), "the first step is the task's alone"
+    expected = 0.75 * later_task + 0.25 * later_kd * by_logits + 2.0 * later_hint * by_hidden
+    assert student.losses[1] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("balanced", ["gradient", True])
+def test_accumulated_parts_are_the_whole_batch(teacher: nn.Sequential, balanced: Any) -> None:
+    """Logits, and a hint whose norms are measured every tenth step: 24 steps in one batch of 8, or in four of 2."""
+    weights = []
+    for batch in (8, 2):
+        torch.manual_seed(0)
+        module, term = Net(), LayerTerm(feature_mse, "model.1", weight=0.5)
+        callback = Distillation(copy.deepcopy(teacher), layers=term, details=Details(balanced=balanced))
+        trainer = L.Trainer(
+            accelerator="cpu", max_epochs=6, callbacks=[callback], logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, accumulate_grad_batches=8 // batch,
+        )  # fmt: skip
+        trainer.fit(module, DataLoader(data(), batch))
+        assert trainer.global_step == 24
+        weights.append(dict(module.named_parameters()) | callback.state_dict()["sizes"])
+    torch.testing.assert_close(weights[1], weights[0], rtol=1e-4, atol=1e-5)
 
 
 def test_a_task_that_does_not_reach_the_outputs_is_refused(teacher: nn.Sequential) -> None:

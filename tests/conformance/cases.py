@@ -35,13 +35,14 @@ from lightning_compress import (
 )
 from lightning_compress.distillation.details import Details as Teaching
 from lightning_compress.distillation.features import feature_mse
+from lightning_compress.distillation.gradient_terms import GradientTerm
 from lightning_compress.distillation.own_teachers import MeanTeacher
 from lightning_compress.distillation.terms import LayerTerm
 from lightning_compress.pruning.gates import HardConcrete
 from lightning_compress.quantization.details import Details
 from lightning_compress.quantization.noise import Noise
 from lightning_compress.quantization.ranges import percentile
-from tests.conformance.modules import Adversaries, LateSetup, Small, network
+from tests.conformance.modules import Adversaries, Bert, Causal, LateSetup, Small, network
 from tests.conformance.running import Run
 from tests.learned_grids import Bounds as LearnedBounds
 from tests.learned_grids import Step as LearnedStep
@@ -358,6 +359,22 @@ def projections(run: Run) -> dict[str, Tensor]:
     return {f"{name} {key}": value for name, own in state.items() for key, value in own["module"].items()}
 
 
+# Distillation of input gradients
+
+
+def gradient_distillation(module: L.LightningModule, **options: Any) -> list[L.Callback]:
+    return distillation(module, layers=GradientTerm(0.1, EMBEDDINGS.get(type(module))), **options)
+
+
+EMBEDDINGS = {Causal: "model.embedding", Bert: "model.bert.embeddings.word_embeddings"}  # tokens have no gradient
+
+
+def taught_by_gradients(run: Run) -> None:
+    taught(run)
+    logged = run.trainer.logged_metrics | run.trainer.callback_metrics
+    assert logged["compress/loss/gradient_matching"] > 0
+
+
 # Distillation whose terms are weighed by their gradients, and from a teacher of int8 weights
 
 
@@ -588,12 +605,17 @@ ROWS: tuple[Row, ...] = (
             "checkpoints are plain": "it holds projections and their Adam: tests/callbacks/test_distillation_layers.py",
         },
     ),
-    teaching_row(
-        "distillation-gradient",
-        Teaching(balanced="gradient"),
-        sizes_of_terms,
-        accumulation_equals_the_larger_batch="each batch is weighed by the norms known when it is taught",
+    Row(
+        "distillation-jacobian",
+        Distillation,
+        make=gradient_distillation,
+        default=gradient_distillation,
+        off=(functools.partial(gradient_distillation, enabled=False),),
+        acted=taught_by_gradients,
+        logs=frozenset({"compress/loss/task", "compress/loss/kd", "compress/loss/gradient_matching"}),
+        excused=NO_DECISION,
     ),
+    teaching_row("distillation-gradient", Teaching(balanced="gradient"), sizes_of_terms),
     teaching_row("distillation-int8", Teaching(precision="int8"), _nothing),
     Row(
         "mean-teacher",

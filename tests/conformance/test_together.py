@@ -34,8 +34,8 @@ ACCOMPANIED = (CompressionMonitor, LotteryRewinding, ReadyGate)
 COMPRESSING = tuple(row for row in ROWS if row.callback not in ACCOMPANIED)
 # Two that prune the same weights cannot meet, nor two that quantize the same layers.
 PRUNING = {GradualPruning, Reconstruction, SparsityRegularization, StructuredPruning}
-# Tried with one other callback, and not with channels that go, which they cannot follow.
-VARIANTS = {"distillation-layers", "mean-teacher"}
+# Tried with one other callback, and not with channels that go, which they (or some of their terms) cannot follow.
+VARIANTS = {"distillation-layers", "distillation-jacobian", "mean-teacher"}
 # Nothing may hold on to a weight that becomes two in the run, nor average it.
 TAUGHT = {LowRank, Distillation}
 ALLOWED = [
