@@ -21,8 +21,10 @@ from lightning_compress import (
     Distillation,
     GradualPruning,
     Linear,
+    LowRank,
     QuantizationAwareTraining,
     TeacherCheckpoint,
+    load_from_checkpoint,
     magnitude,
     soft_targets,
 )
@@ -33,6 +35,8 @@ from lightning_compress.distillation.gradient_terms import GradientTerm
 from lightning_compress.distillation.own_teachers import MeanTeacher
 from lightning_compress.distillation.teachers import PretrainedTeacher
 from lightning_compress.distillation.terms import LayerTerm
+from lightning_compress.factorization.factors import factored_layers
+from lightning_compress.factorization.ranks import Budget, Energy
 from lightning_compress.quantization.choosing import grids_of
 from lightning_compress.quantization.details import Details
 from lightning_compress.quantization.inputs import PerToken
@@ -116,6 +120,48 @@ def test_the_shipped_overlays_are_the_defaults_and_say_so(folder: Path, monkeypa
         text = Path(path).read_text(encoding="utf-8")
         assert text.startswith("# ")
         assert f"-c configs/{Path(path).name}" in text
+
+
+@pytest.mark.parametrize("name", ["low_rank", "monitor", "share"])
+def test_other_shipped_overlays_start(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", "-c", "user.yaml", "-c", str(ROOT / "configs" / f"{name}.yaml")])
+    cli = LightningCLI(save_config_callback=None, run=False)
+    added = [each for each in cli.trainer.callbacks if type(each).__module__.startswith("lightning_compress")]
+    assert [type(each).__name__ for each in added] == [{"low_rank": "LowRank", "monitor": "CompressionMonitor",
+                                                        "share": "WeightSharing"}[name]]  # fmt: skip
+
+
+RANKS = "lightning_compress.factorization.ranks"
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ({}, Energy(0.9)),
+        ({"rank": 3, "at": 0.2}, 3),
+        ({"rank": {"class_path": f"{RANKS}.Budget", "init_args": {"amount": 0.4}}}, Budget(0.4)),
+        ({"decompose": "lightning_compress.factorization.svd.svd", "at": 0.0}, Energy(0.9)),
+    ],
+)
+def test_ranks_can_be_given_in_yaml(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], meant: Any
+) -> None:
+    argv = ["train.py", "-c", "user.yaml", "-c", overlay(folder, "LowRank", **given)]
+    monkeypatch.setattr(sys, "argv", argv)
+    cli = LightningCLI(save_config_callback=None, run=False)
+    (callback,) = (each for each in cli.trainer.callbacks if isinstance(each, LowRank))
+    assert callback.rank == meant
+
+
+def test_a_checkpoint_of_the_command_line_can_be_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It names the module's class, which Lightning wants to be the one that loads it, not a subclass of ours."""
+    argv = ["train.py", "fit", "-c", "user.yaml", "-c", overlay(folder, "LowRank", rank=2, at=4, batches=2)]
+    monkeypatch.setattr(sys, "argv", argv)
+    cli = LightningCLI(save_config_callback=None)
+    cli.trainer.save_checkpoint("last.ckpt")
+    loaded = load_from_checkpoint("last.ckpt", user_project.Net)
+    assert factored_layers(loaded).keys() == factored_layers(cli.model).keys() != set()
+    assert all(torch.equal(value, cli.model.state_dict()[name]) for name, value in loaded.state_dict().items())
 
 
 NET = {"class_path": f"{PROJECT}.Net", "init_args": {"width": 24}}

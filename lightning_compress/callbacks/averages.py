@@ -8,7 +8,7 @@ import lightning.pytorch as L
 import torch
 from torch import nn
 
-from lightning_compress.factorization.factors import Factored, factored_layers, restore_factors
+from lightning_compress.factorization.factors import Factored, factored_layers, take_factors
 from lightning_compress.sharding import clean_name
 
 __all__ = ["averaged_models", "averaged_modules", "restart_averages"]
@@ -33,15 +33,16 @@ def averaged_models(trainer: L.Trainer) -> Iterator[dict[str, nn.Parameter]]:
 
 
 def restart_averages(trainer: L.Trainer, factored: Mapping[str, Factored]) -> None:
-    """Let averages of layers that became two begin anew at their factors: those of an average are no average of theirs.
+    """Let averages of layers that became two be their factors: those of an average are no average of theirs.
 
     Args:
         trainer: of this run.
-        factored: the layers by clean name.
+        factored: the layers by clean name; others of an average stay.
     """
     for average in averaged_modules(trainer):
-        restore_factors(average, {name: layer.rank for name, layer in factored.items()})
-        for name, copy in factored_layers(average).items():
+        take_factors(average, {name: layer.rank for name, layer in factored.items()})
+        copies = factored_layers(average)
+        for name, layer in factored.items():
             for part in ("down", "up"):
-                weight = factored[name].get_submodule(part).get_parameter("weight")
-                copy.get_submodule(part).get_parameter("weight").copy_(weight)
+                weight = layer.get_submodule(part).get_parameter("weight")
+                copies[name].get_submodule(part).get_parameter("weight").copy_(weight)

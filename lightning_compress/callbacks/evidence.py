@@ -72,12 +72,13 @@ class Evidence:
             self.gathering.before_optimizer_step(trainer, pl_module, optimizer)
 
     def of_layers(self, when: str) -> dict[str, dict[str, Tensor]]:
-        """Return what is asked for of each layer, as matrices; every process calls it.
+        """Return what is asked for of each layer that had any, as matrices; every process calls it.
 
         Raises:
-            CompressError: a layer had no inputs or gradients, or NaN or infinite ones.
+            CompressError: NaN or infinite inputs or gradients.
         """
-        found = {name: {each: getattr(self, f"_{each}")(name) for each in sorted(self.asked)} for name in self.layers}
+        seen = [name for name in self.layers if self._was_seen(name)]
+        found = {name: {each: getattr(self, f"_{each}")(name) for each in sorted(self.asked)} for name in seen}
         for name, known in found.items():
             for what, values in known.items():
                 if not bool(values.isfinite().all()):
@@ -87,14 +88,16 @@ class Evidence:
                     )
         return found
 
+    def _was_seen(self, name: str) -> bool:
+        if "moment" in self.asked:
+            hessian = self.hessians[name]
+            all_reduce_sum(hessian.sums)
+            if not int(all_reduce_sum(hessian.samples)):
+                return False
+        return "fisher" not in self.asked or bool(self.gathering.statistics.steps.get(name))
+
     def _moment(self, name: str) -> Tensor:
-        hessian = self.hessians[name]
-        all_reduce_sum(hessian.sums)
-        if not int(all_reduce_sum(hessian.samples)):
-            raise CompressError(
-                f"'{name}' was not called in training in the {self.steps} steps before; exclude it, or act later"
-            )
-        return hessian.mean[0]
+        return self.hessians[name].mean[0]
 
     def _fisher(self, name: str) -> Tensor:
         squares: Tensor = self.gathering.statistics.values(name)["squared_gradient"]()

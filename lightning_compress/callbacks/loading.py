@@ -14,17 +14,14 @@ from lightning_compress.callbacks.averages import averaged_modules
 from lightning_compress.callbacks.contract import SHARDING
 from lightning_compress.callbacks.step import intercept
 from lightning_compress.errors import CheckpointMismatch
-from lightning_compress.factorization.factors import describe_factors, restore_factors
+from lightning_compress.factorization.factors import factored_layers, factors_in, restore_factors
 from lightning_compress.pruning.shrink import describe_shapes, restore_shapes
 
 __all__ = ["SIGNPOST", "load_from_checkpoint", "restoring_shapes", "save_factors", "save_shapes"]
 
 SHAPES = "lightning_compress_shapes"
-FACTORS = "lightning_compress_factors"
 # A plain strict load names unexpected keys: this one says what to do.
-SIGNPOST = (
-    "this checkpoint is of a shrunken model; load it with lightning_compress.load_from_checkpoint(path, YourModule)"
-)
+SIGNPOST = "this checkpoint is of other shapes; load it with lightning_compress.load_from_checkpoint(path, YourModule)"
 Module = TypeVar("Module", bound=L.LightningModule)
 
 
@@ -36,9 +33,8 @@ def save_shapes(pl_module: nn.Module, checkpoint: dict[str, Any], shrunken: bool
 
 
 def save_factors(trainer: L.Trainer, pl_module: nn.Module, checkpoint: dict[str, Any]) -> None:
-    """Write down which layers are two by now, and in weights that are whole a sign for who loads them plainly."""
-    checkpoint[FACTORS] = describe_factors(pl_module)
-    if checkpoint[FACTORS] and not isinstance(trainer.strategy, SHARDING):
+    """Put a sign for who loads them plainly into weights of layers that are two by now, if weights are whole."""
+    if factored_layers(pl_module) and not isinstance(trainer.strategy, SHARDING):
         _put_up_signpost(checkpoint)
 
 
@@ -49,8 +45,7 @@ def _put_up_signpost(checkpoint: dict[str, Any]) -> None:
 def _reshape(pl_module: nn.Module, checkpoint: dict[str, Any]) -> None:
     for state in ("state_dict", "current_model_state"):  # the latter is of Lightning's WeightAveraging
         checkpoint.get(state, {}).pop(SIGNPOST, None)
-    if FACTORS in checkpoint:
-        restore_factors(pl_module, checkpoint[FACTORS])
+    restore_factors(pl_module, checkpoint.get("state_dict", {}))
     if SHAPES in checkpoint:
         restore_shapes(pl_module, checkpoint[SHAPES])
 
@@ -69,7 +64,7 @@ def restoring_shapes(trainer: L.Trainer, pl_module: L.LightningModule) -> Callab
         if isinstance(trainer.strategy, SHARDING):  # the module is in parts by now
             if SIGNPOST in args[0].get("state_dict", {}):
                 raise CheckpointMismatch(
-                    f"this checkpoint is of a shrunken model, whose shapes {type(trainer.strategy).__name__} cannot "
+                    f"this checkpoint is of a model of other shapes, which {type(trainer.strategy).__name__} cannot "
                     f"restore in parts; load it with lightning_compress.load_from_checkpoint, and fit that module"
                 )
             return original(*args, **kwargs)
@@ -91,18 +86,25 @@ def load_from_checkpoint(path: str | Path, module_class: type[Module], **kwargs:
     Raises:
         CheckpointMismatch: the shapes are not in it (`save_weights_only=True`).
     """
+    original = module_class.on_load_checkpoint
 
-    def on_load_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
-        if SHAPES not in checkpoint and FACTORS not in checkpoint:
+    def reshaping(self: Any, checkpoint: dict[str, Any]) -> None:
+        if SHAPES not in checkpoint and not factors_in(checkpoint.get("state_dict", {})):
             raise CheckpointMismatch(
                 f"'{path}' holds no shapes: it was saved with save_weights_only=True, or without StructuredPruning and "
                 f"LowRank; save whole checkpoints, or use {module_class.__name__}.load_from_checkpoint"
             )
         _reshape(self, checkpoint)
-        module_class.on_load_checkpoint(self, checkpoint)
+        original(self, checkpoint)
 
-    # A subclass for the time of loading: the weights are loaded inside Lightning's own function, after this hook.
-    reshaping: Any = type(module_class.__name__, (module_class,), {"on_load_checkpoint": on_load_checkpoint})
-    module: Module = reshaping.load_from_checkpoint(path, **kwargs)
-    module.__class__ = module_class
-    return module
+    # On the class for the time of loading, and not on a subclass: a checkpoint of LightningCLI names the class. The
+    # weights are loaded inside Lightning's own function, after this hook.
+    own = "on_load_checkpoint" in vars(module_class)
+    module_class.on_load_checkpoint = reshaping  # type: ignore[method-assign]
+    try:
+        return module_class.load_from_checkpoint(path, **kwargs)
+    finally:
+        if own:
+            module_class.on_load_checkpoint = original  # type: ignore[method-assign]
+        else:
+            del module_class.on_load_checkpoint

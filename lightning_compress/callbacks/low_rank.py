@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import lightning.pytorch as L
@@ -23,13 +23,21 @@ from lightning_compress.callbacks.contract import (
     warn_if_unfinished,
 )
 from lightning_compress.callbacks.evidence import Evidence
-from lightning_compress.callbacks.factoring import factor_again, factor_layers, merge_layers
+from lightning_compress.callbacks.factoring import (
+    PlainOptimizers,
+    check_found,
+    factor_again,
+    factor_layers,
+    merge_layers,
+    seen,
+    shapes_of,
+)
 from lightning_compress.callbacks.lifecycle import go_on, log, release
 from lightning_compress.callbacks.loading import restoring_shapes, save_factors
 from lightning_compress.callbacks.order import Claim, check_first, check_together
 from lightning_compress.callbacks.sameness import takes_part
 from lightning_compress.divergence import check_same
-from lightning_compress.errors import UnsupportedStrategy
+from lightning_compress.errors import NothingToCompress, UnsupportedStrategy
 from lightning_compress.factorization.factors import factored_layers
 from lightning_compress.factorization.following import check_followers
 from lightning_compress.factorization.lowrank import (
@@ -38,7 +46,7 @@ from lightning_compress.factorization.lowrank import (
     select_factorable,
     wants,
 )
-from lightning_compress.factorization.ranks import Energy, Rank
+from lightning_compress.factorization.ranks import Energy, Rank, check_rank
 from lightning_compress.factorization.svd import activation_weighted_svd
 from lightning_compress.select import patterns_or_none
 from lightning_compress.window import Moment, resolve_moment
@@ -60,11 +68,12 @@ class LowRank(L.Callback):
     `lightning_compress.load_from_checkpoint`. `factorization.lowrank.factorize` does the same without training.
 
     Args:
-        rank: one for all layers, or a rule such as `ranks.Energy(0.9)` or `ranks.Budget(0.5)`.
+        rank: one for all layers, or a rule such as `ranks.Budget(0.5)`; None is `ranks.Energy(0.9)`.
         at: the optimizer step after which to act: a float is a fraction of the run, an int a step.
         decompose: a function of `factorization.svd`, or one of weight, and of moment or fisher where it asks for them.
         batches: optimizer steps whose inputs and gradients count.
-        include: names, globs, class names or types; None is every Linear, Conv1d and Conv2d but the output head.
+        include: names, globs, class names or types; None is every Linear, Conv1d and Conv2d that learns and runs, but
+            the output head.
         exclude: the same, left as they are.
         merge: give plain layers and keys back at the end of the run.
         enabled: False is plain training.
@@ -78,7 +87,7 @@ class LowRank(L.Callback):
 
     def __init__(
         self,
-        rank: Rank = Energy(0.9),  # noqa: B008 - frozen
+        rank: Rank | None = None,
         at: Moment = 0.1,
         decompose: Decompose = activation_weighted_svd,
         batches: int = 8,
@@ -88,6 +97,7 @@ class LowRank(L.Callback):
         enabled: bool = True,
     ) -> None:
         super().__init__()
+        rank = Energy(0.9) if rank is None else rank
         if isinstance(rank, bool) or not (callable(rank) or (isinstance(rank, int) and rank >= 1)):
             raise ValueError(f"rank is a number of at least 1, or a rule such as ranks.Energy(0.9), got {rank!r}")
         if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
@@ -104,6 +114,8 @@ class LowRank(L.Callback):
         self._steps = (0, 0)
         self._in_the_run = True
         self._restored: dict[str, Any] | None = None
+        self._acted_at_setup = False
+        self._optimizers: PlainOptimizers | None = None
         self._undo: list[Callable[[], None]] = []
 
     @property
@@ -136,6 +148,8 @@ class LowRank(L.Callback):
         self._undo.append(restoring_shapes(trainer, pl_module))
         if stage != "fit":
             return
+        self._optimizers = PlainOptimizers(pl_module, self._two_since_the_run_began)
+        self._undo.append(self._optimizers.stop)
         self._restored = None
         if trainer.global_step == 0:  # a fresh run with the same callback object
             self.clock.reset()
@@ -144,7 +158,11 @@ class LowRank(L.Callback):
             self._prepare(trainer, pl_module)
             if not self._in_the_run and not self.ranks:
                 check_first(self, trainer.callbacks)  # type: ignore[attr-defined]
-                self._factor(trainer, pl_module)
+                self._factor_at_setup(trainer, pl_module)
+
+    def _two_since_the_run_began(self) -> Iterable[str]:
+        ranks: dict[str, int] = self.ranks if self._restored is None else self._restored["ranks"]
+        return ranks if self._in_the_run else ()
 
     def _prepare(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         at = resolve_moment(self.at, run_length(trainer, (self.at,)), "at")
@@ -155,16 +173,24 @@ class LowRank(L.Callback):
             )
         self._steps = (max(0, at - self.batches), at)
         self._in_the_run = at > 0 or not is_whole_at_setup(trainer, pl_module)
-        self._layers, _ = select_factorable(pl_module, self.include, self.exclude)
+        self._layers, _ = select_factorable(pl_module, self.include, self.exclude, frozen=False)
+        found = {name: layer.rank for name, layer in factored_layers(pl_module).items()}
         if not self._layers:  # a second fit of a module whose layers are two
-            self.ranks = {name: layer.rank for name, layer in factored_layers(pl_module).items()}
+            check_found(found, self.rank)
+            self.ranks = found
+        elif not found:
+            check_rank(self.rank, shapes_of(self._layers))
         check_together(trainer.callbacks)  # type: ignore[attr-defined]
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self.enabled:
             return
+        if self._optimizers is not None:
+            self._optimizers.follow(trainer)
         if self._restored is not None:
             self.ranks = dict(self._restored["ranks"])
+        elif self._acted_at_setup and not factored_layers(pl_module):  # the run goes on from a plain checkpoint
+            self.ranks, self._acted_at_setup = {}, False
         if not self.ranks:
             self._prepare(trainer, pl_module)
         if not self.ranks:
@@ -219,13 +245,29 @@ class LowRank(L.Callback):
         if not self.ranks and steps is not None and steps >= self._steps[1] - self._steps[0]:
             self._factor(trainer, pl_module)
 
+    def _factor_at_setup(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        try:
+            self._factor(trainer, pl_module)
+        except NothingToCompress:
+            # A checkpoint may still bring other weights; if none does, it is said once more at `on_train_start`.
+            if isinstance(trainer.strategy, SHARDING):
+                raise
+        self._acted_at_setup = bool(self.ranks)
+
     @torch.no_grad()
     def _factor(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         when = f" at optimizer step {self.clock.steps}"
         check_weights(self._layers, f"{when}; nothing is factored. {CURE}")
-        known = self.evidence.of_layers(when)
+        known = self.evidence.of_layers(when) if self.evidence.layers else {name: {} for name in self._layers}
+        layers = seen(self._layers, known, self.include is not None, self.evidence.steps)
         self.evidence.detach()
-        self.ranks = factor_layers(trainer, pl_module, self._layers, known, self.decompose, self.rank)
+        found = {name: layer.rank for name, layer in factored_layers(pl_module).items()}
+        try:
+            self.ranks = factor_layers(trainer, pl_module, layers, known, self.decompose, self.rank)
+        except NothingToCompress:
+            if not found:
+                raise
+            self.ranks = found  # one more fit, of what an earlier one has left
         check_same({name: torch.tensor(self.ranks.get(name, 0)) for name in self._layers}, "ranks", self.clock.steps)
         size = float(sum(parameter.numel() for parameter in pl_module.parameters()))
         log(trainer, {"compress/parameters": size, "compress/factored_layers": float(len(self.ranks))})

@@ -59,9 +59,10 @@ def _look_ups(graph: ir.Graph, layers: Mapping[str, nn.Module]) -> Iterator[tupl
         if weight is None or weight.const_value is None or node.attributes.get_int("axis", 0) != 0:
             continue
         scope = scopes_of(node)[-1:]
-        for name, layer in layers.items():
-            own = layer.get_parameter("weight").detach().cpu().numpy()
-            named = scope == [name] or weight.name == f"{name}.weight"
-            if named and array_of(weight).shape == own.shape and np.array_equal(array_of(weight), own):
+        # A table's own name may be that of another with the same values, which the exporter has kept of the two.
+        called = [name for name in layers if scope == [name]]
+        for name in called or [name for name in layers if weight.name == f"{name}.weight"]:
+            own = layers[name].get_parameter("weight").detach().cpu().numpy()
+            if array_of(weight).shape == own.shape and np.array_equal(array_of(weight), own):
                 yield name, node
                 break

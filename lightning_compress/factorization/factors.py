@@ -6,18 +6,21 @@ The layer stays the same object, so that hooks, ties and whoever holds it go on;
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.errors import CheckpointMismatch
 from lightning_compress.pruning.hessians import as_matrices, as_weight
 from lightning_compress.pruning.shapes import fit_attributes
 from lightning_compress.sharding import clean_name
 
-__all__ = ["FACTORABLE", "Factored", "describe_factors", "factor", "factored_layers", "restore_factors", "unfactor"]
+__all__ = [
+    "FACTORABLE", "Factored", "as_plain", "factor", "factored_layers", "factors_in", "restore_factors", "take_factors",
+    "unfactor",
+]  # fmt: skip
 
 FACTORABLE: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
@@ -25,9 +28,11 @@ FACTORABLE: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d)
 class Factored(nn.Module):
     """``up(down(x))`` in place of a layer. A Conv's `down` has its kernel, `up` is 1 wide; the bias is on `up`."""
 
-    plain_class: type[nn.Module]
-    down: nn.Module
-    up: nn.Module
+    __jit_unused_properties__ = ("weight", "bias", "rank")
+    if TYPE_CHECKING:  # TorchScript reads annotations of a class, and knows no nn.Module
+        plain_class: type[nn.Module]
+        down: nn.Module
+        up: nn.Module
 
     def forward(self, input: Tensor) -> Tensor:  # by the name that the plain layers give it
         """Return the layer's outputs for what the layer took."""
@@ -133,36 +138,65 @@ def unfactor(layer: Factored) -> None:
     fit_attributes(layer)
 
 
+@contextmanager
+def as_plain(layers: Mapping[str, Factored]) -> Iterator[dict[str, nn.Parameter]]:
+    """Let layers be plain ones inside the block, with weights that stand for their factors; yields these by name.
+
+    Runs around a user's `configure_optimizers`, which shall find what it found when the run began. Layers get their
+    own factors back.
+    """
+    parts = {name: (layer.down, layer.up, layer.plain_class) for name, layer in layers.items()}
+    for layer in layers.values():
+        unfactor(layer)
+    try:
+        yield {name: layer.get_parameter("weight") for name, layer in layers.items()}
+    finally:
+        for name, layer in layers.items():
+            down, up, plain = parts[name]
+            del layer.weight, layer.bias
+            layer.__class__ = Factored
+            layer.plain_class, layer.down, layer.up = plain, down, up
+
+
 # Checkpoints
 
 
-def describe_factors(module: nn.Module) -> dict[str, int]:
-    """Write down which layers are two, and their ranks. Runs on saving."""
-    return {name: layer.rank for name, layer in factored_layers(module).items()}
+def factors_in(state: Mapping[str, Tensor]) -> dict[str, int]:
+    """Return names of layers that may be two in a state dict, and their ranks. Runs before one is loaded.
+
+    >>> factors_in({"a.down.weight": torch.zeros(2, 5), "a.up.weight": torch.zeros(5, 2), "b.weight": torch.zeros(2)})
+    {'a': 2}
+    """
+    shapes = {clean_name(name): value.shape for name, value in state.items() if isinstance(value, Tensor)}
+    bases = [name.removesuffix(".down.weight") for name in shapes if name.endswith(".down.weight")]
+    return {
+        base: shapes[f"{base}.down.weight"][0]
+        for base in bases
+        if f"{base}.up.weight" in shapes and f"{base}.weight" not in shapes
+    }
+
+
+def restore_factors(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Make those layers of a module two that are two in a state dict, and no others, so that it loads strictly.
+
+    Runs before weights are loaded; the new ones hold anything.
+    """
+    wanted = factors_in(state)
+    for name, layer in factored_layers(module).items():
+        if name not in wanted:
+            unfactor(layer)
+    take_factors(module, wanted)
 
 
 @torch.no_grad()
-def restore_factors(module: nn.Module, described: Mapping[str, int]) -> None:
-    """Give a module the layers that `describe_factors` wrote down, so that a state dict of them loads strictly.
-
-    Runs before weights are loaded; the new ones hold anything.
-
-    Raises:
-        CheckpointMismatch: the module has no such layer.
-    """
+def take_factors(module: nn.Module, ranks: Mapping[str, int]) -> None:
+    """Make layers of a module two of these ranks, whose weights hold anything; other names are passed over."""
     layers = {clean_name(name): layer for name, layer in module.named_modules()}
-    for name, layer in factored_layers(module).items():
-        if described.get(name) != layer.rank:
+    for name, rank in ranks.items():
+        layer = layers.get(name)
+        if isinstance(layer, Factored) and layer.rank != rank:
             unfactor(layer)
-    for name, rank in described.items():
-        layer = layers.get(name, module)
-        if isinstance(layer, Factored):
-            continue
-        if name not in layers or not isinstance(layer, FACTORABLE):
-            raise CheckpointMismatch(
-                f"the checkpoint has '{name}' as two layers of rank {rank}, but {type(module).__name__} has no Linear "
-                f"or Conv of that name; build the module with the arguments it was trained with"
-            )
-        weight = layer.get_parameter("weight")
-        outputs, inputs = as_matrices(layer, weight)[0].shape
-        factor(layer, weight.new_zeros(outputs, rank), weight.new_zeros(rank, inputs))
+        if isinstance(layer, FACTORABLE):
+            weight = layer.get_parameter("weight")
+            outputs, inputs = as_matrices(layer, weight)[0].shape
+            factor(layer, weight.new_zeros(outputs, rank), weight.new_zeros(rank, inputs))

@@ -15,7 +15,7 @@ from lightning_compress.factorization.ranks import Energy, Rank, chosen_ranks
 from lightning_compress.factorization.svd import Decomposition, activation_weighted_svd, svd
 from lightning_compress.pruning.calibration import evaluating, run
 from lightning_compress.pruning.hessians import as_matrices, watching
-from lightning_compress.select import Pattern, names_of_parameters, patterns_or_none, select_layers
+from lightning_compress.select import Pattern, patterns_or_none, select_layers
 from lightning_compress.sharding import clean_name
 
 __all__ = ["Decompose", "check_weights", "decomposed", "factorize", "merge", "select_factorable", "wants"]
@@ -28,7 +28,7 @@ KNOWN = frozenset({"weight", "moment", "fisher"})
 def factorize(
     module: nn.Module,
     batches: Iterable[Any] | None = None,
-    rank: Rank = Energy(0.95),  # noqa: B008 - frozen
+    rank: Rank | None = None,
     include: Iterable[Pattern] | Pattern | None = None,
     exclude: Iterable[Pattern] | Pattern | None = None,
 ) -> dict[str, int]:
@@ -42,7 +42,7 @@ def factorize(
         module: holds the layers; it runs in eval mode on the batches and is put back.
         batches: inputs on the module's device: a tensor, a tuple or list of positional arguments, or a dict of keyword
             arguments each.
-        rank: one for all layers, or a rule such as `ranks.Energy(0.95)` or `ranks.Budget(0.5)`.
+        rank: one for all layers, or a rule such as `ranks.Budget(0.5)`; None is `ranks.Energy(0.95)`.
         include: names, globs, class names or types; None is every Linear, Conv1d and Conv2d but the output head.
         exclude: the same, left as they are.
 
@@ -50,7 +50,7 @@ def factorize(
         Name of a replaced layer -> its rank. Layers that would not get smaller are left and not in it.
 
     Raises:
-        ValueError: a rank below 1 or above a layer's full one, or a rule's option out of its range.
+        ValueError: a rank below 1, or a rule's option out of its range.
         NothingToCompress: nothing is selected, or no layer would get smaller.
         CompressError: an included layer shares its weight, has groups or a forward of its own; one never runs on the
             batches; NaN or infinite weights or inputs. No layer has been replaced.
@@ -65,7 +65,9 @@ def factorize(
     check_weights(layers)
     moments = {} if batches is None else _moments(module, layers, batches)
     method = svd if batches is None else activation_weighted_svd
-    return decomposed(layers, {name: {"moment": moment} for name, moment in moments.items()}, method, rank)
+    return decomposed(
+        layers, {name: {"moment": moment} for name, moment in moments.items()}, method, rank or Energy(0.95)
+    )
 
 
 @torch.no_grad()
@@ -92,43 +94,67 @@ def merge(module: nn.Module) -> list[str]:
 
 
 def select_factorable(
-    module: nn.Module, include: tuple[Pattern, ...] | None, exclude: tuple[Pattern, ...] | None
+    module: nn.Module,
+    include: tuple[Pattern, ...] | None,
+    exclude: tuple[Pattern, ...] | None,
+    frozen: bool = True,
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """Return the layers that can be two, by clean name, and why others cannot. Runs when called, and at `setup`.
 
     Layers that are two already are passed over.
 
+    Args:
+        module: holds the layers.
+        include: patterns; None is everything but the output head, and but what cannot be two.
+        exclude: patterns; they win over `include`.
+        frozen: take weights that do not learn without being named.
+
     Raises:
         NothingToCompress: nothing is selected.
         CompressError: a layer that `include` selects cannot be two.
     """
-    inside = tuple(f"{name}." for name in factored_layers(module))
+    factored = factored_layers(module)
+    parts = {id(part) for layer in factored.values() for part in (layer.down, layer.up)}
     selection = select_layers(module, FACTORABLE, include, exclude)
-    holders = names_of_parameters(module)
+    holders = _holders(module)
     layers: dict[str, nn.Module] = {}
     skipped = dict(selection.skipped)
     for name, layer in selection.layers.items():
-        reason = _why_not(layer, holders)
-        if clean_name(name).startswith(inside) and inside:
+        if id(layer) in parts:
             continue
+        reason = _why_not(layer, holders, frozen or include is not None)
         if reason and include is not None:
             raise CompressError(f"'{name}' {reason}; exclude '{name}'")
         if reason:
             skipped[name] = reason
         else:
             layers[name] = layer
-    if not layers and not inside:
+    if not layers and not factored:
         reasons = "; ".join(f"'{name}' {reason}" for name, reason in skipped.items())
         raise NothingToCompress(f"no layer of {type(module).__name__} can be factored: {reasons}")
     return layers, skipped
 
 
-def _why_not(layer: nn.Module, holders: Mapping[int, list[str]]) -> str:
+def _holders(module: nn.Module) -> dict[int, list[str]]:
+    """Names of the layers that hold each parameter as their own, by its id; a layer with two names comes once."""
+    found: dict[int, list[str]] = {}
+    for name, layer in module.named_modules():
+        for parameter in dict(layer.named_parameters(recurse=False)).values():
+            found.setdefault(id(parameter), []).append(clean_name(name))
+    return found
+
+
+def _why_not(layer: nn.Module, holders: Mapping[int, list[str]], frozen: bool) -> str:
     if type(layer) not in FACTORABLE:
         return f"is a {type(layer).__name__}, whose own forward would be lost"
     if int(getattr(layer, "groups", 1)) > 1:
         return f"has {layer.groups} groups, whose matrices are small already"
-    names = holders.get(id(layer.weight), [])
+    weight = dict(layer.named_parameters(recurse=False)).get("weight")
+    if weight is None:
+        return "computes its weight in each forward (weight_norm, torch.nn.utils.prune), so that nothing can replace it"
+    if not frozen and not weight.requires_grad:
+        return "is frozen, so that nothing could make up for what is lost"
+    names = holders[id(weight)]
     return f"shares its weight ({', '.join(names)})" if len(names) > 1 else ""
 
 

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Budget", "Energy", "Rank", "RankRule", "chosen_ranks", "rank_that_saves"]
+from lightning_compress.errors import NothingToCompress
+
+__all__ = ["Budget", "Energy", "Rank", "RankRule", "check_rank", "chosen_ranks", "rank_that_saves"]
 
 Shape = tuple[int, int]  # outputs, inputs
 # (singular values of each layer, shape of each layer's matrix) -> rank of each layer.
@@ -109,10 +111,26 @@ def chosen_ranks(rank: Rank, values: Mapping[str, Tensor], shapes: Mapping[str, 
     """Ranks of the layers that get smaller; the others are not in it. Runs when layers are decomposed.
 
     Raises:
-        ValueError: a rank below 1 or above a layer's full one.
+        ValueError: a rank below 1, or a rule's rank above a layer's full one.
     """
     ranks = dict.fromkeys(values, rank) if isinstance(rank, int) else rank(values, shapes)
     for name, own in ranks.items():
-        if not 1 <= own <= len(values[name]):
+        if own < 1 or (own > len(values[name]) and not isinstance(rank, int)):
             raise ValueError(f"expected a rank from 1 to {len(values[name])}, the full one of '{name}', got {own}")
     return {name: own for name, own in ranks.items() if own <= rank_that_saves(*shapes[name])}
+
+
+def check_rank(rank: Rank, shapes: Mapping[str, Shape]) -> None:
+    """Raise where what is known before anything is decomposed says that a rank cannot be. Runs at `setup`.
+
+    Raises:
+        ValueError: a budget that rank 1 of each layer does not meet.
+        NothingToCompress: a number that makes no layer smaller.
+
+    >>> check_rank(3, {"a": (64, 64)})
+    """
+    if isinstance(rank, Budget):
+        rank({name: torch.ones(min(shape)) for name, shape in shapes.items()}, shapes)
+    if isinstance(rank, int) and all(rank > rank_that_saves(*shape) for shape in shapes.values()):
+        most = ", ".join(f"{name} {rank_that_saves(*shape)}" for name, shape in shapes.items())
+        raise NothingToCompress(f"no layer would get smaller at rank={rank}; the largest ranks that save: {most}")

@@ -143,7 +143,7 @@ class Rehearsal:
                 f"{described_function(decompose)} needs {', '.join(gathered)}, which steps will show; ranks are those "
                 f"of the weights alone"
             )
-        layers, _ = select_factorable(self.module, include, exclude)
+        layers, _ = select_factorable(self.module, include, exclude, frozen=False)
         ranks = decomposed(layers, {}, svd if gathered else decompose, rank)
         self.__dict__.pop("_layers", None)
         return ranks

@@ -5,6 +5,7 @@ from __future__ import annotations
 import lightning.pytorch as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
 
 from lightning_compress import (
@@ -24,9 +25,9 @@ from lightning_compress import (
     plan,
 )
 from lightning_compress.distillation.own_teachers import MeanTeacher
-from lightning_compress.factorization.factors import Factored, factored_layers
+from lightning_compress.factorization.factors import Factored, factored_layers, unfactor
 from lightning_compress.factorization.lowrank import factorize
-from lightning_compress.factorization.ranks import Budget
+from lightning_compress.factorization.ranks import Budget, Energy
 from lightning_compress.factorization.svd import activation_weighted_svd, fisher_weighted_svd, svd
 from tests.conformance.modules import Small
 from tests.conformance.running import Do, build, differing, train
@@ -127,8 +128,10 @@ def test_a_checkpoint_is_loaded_resumed_and_refused_plainly(tmp_path):
     run = train(module, [LowRank(Budget(0.6), at=6)], tmp_path)
     path = tmp_path / "two.ckpt"
     run.trainer.save_checkpoint(path)
+    hook = Small.__dict__.get("on_load_checkpoint")
     loaded = load_from_checkpoint(path, Small)
     assert type(loaded) is Small
+    assert Small.__dict__.get("on_load_checkpoint") is hook
     assert differing(loaded.state_dict(), module.state_dict()) == []
     with pytest.raises(RuntimeError, match="load_from_checkpoint"):
         Small.load_from_checkpoint(path)
@@ -290,8 +293,10 @@ def test_bad_input_is_named_before_the_first_batch(tmp_path):
         train(still(), [LowRank(3, at=0.0)], tmp_path)
     with pytest.raises(ValueError, match="at is step 99"):
         train(still(), [LowRank(3, at=99)], tmp_path)
-    with pytest.raises(ValueError, match=r"rank from 1 to 4, the full one of 'model\.0', got 200"):
-        train(still(), [at_once(200)], tmp_path)
+    with pytest.raises(NothingToCompress, match=r"at rank=200; the largest ranks that save: model\.0 2, model\.4 12"):
+        train(still(), [LowRank(200)], tmp_path)
+    with pytest.raises(ValueError, match="fewer weights than rank 1"):
+        train(still(), [LowRank(Budget(0.99))], tmp_path)
     with pytest.raises(NothingToCompress, match="would get smaller"):
         train(still(), [at_once(3, include=["model.9"])], tmp_path)
     with pytest.raises(CompressError, match="LBFGS"):
@@ -305,9 +310,111 @@ class Uncalled(Small):
         self.head = nn.Linear(3, 3)
 
 
-def test_a_layer_that_nobody_calls_is_named(tmp_path):
-    with pytest.raises(CompressError, match="'spare' was not called in training"):
-        train(build(Uncalled), [LowRank(3, at=6)], tmp_path)
+def test_layers_that_nobody_calls_or_that_are_frozen_are_passed_over_unless_named(tmp_path):
+    module = build(Uncalled)
+    module.model[7].weight.requires_grad_(False)
+    run = train(module, [LowRank(3, at=6)], tmp_path)
+    assert set(run.of(LowRank).ranks) == {"model.4"}
+    with pytest.raises(CompressError, match=r"'spare' was not called in training.* in the 6 steps before"):
+        train(build(Uncalled), [LowRank(3, at=6, include=["spare", "model.4"])], tmp_path)
+
+
+def test_another_weight_than_the_one_that_was_made_two_is_not_cut(tmp_path):
+    module = still()
+    run = train(module, [LowRank(3, at=6)], tmp_path)
+    for layer in factored_layers(module).values():
+        unfactor(layer)
+        nn.init.normal_(layer.weight)
+    run.trainer.fit_loop.max_epochs = 5
+    with pytest.raises(CompressError, match=r"made 'model\.4' two of rank 3 in this run, but the module holds another"):
+        run.trainer.fit(module)
+
+
+def test_one_more_fit_asks_for_the_same_rank_or_is_refused(tmp_path):
+    module = still()
+    train(module, [LowRank(3, at=6)], tmp_path)
+    train(module, [LowRank(3, at=6)], tmp_path)
+    with pytest.raises(CompressError, match=r"found 'model\.4' to be two of rank 3 already"):
+        train(module, [LowRank(2, at=6, include=["model.4", "model.7"])], tmp_path)
+
+
+# In company of itself and of what users do
+
+
+def two_of_them(**options):
+    return [LowRank(3, at=4, include=["model.4"]), LowRank(3, at=8, include=["model.7"], **options)]
+
+
+def test_two_of_them_and_an_average(tmp_path):
+    module = still()
+    train(module, [EMAWeightAveraging(decay=0.9), *two_of_them()], tmp_path)
+    assert set(factored_layers(module)) == {"model.4", "model.7"}
+
+
+def test_each_merges_its_own(tmp_path):
+    module = still()
+    run = train(module, two_of_them(merge=True), tmp_path)
+    assert set(factored_layers(module)) == {"model.4"}
+    moved = {id(p) for group in run.trainer.optimizers[0].param_groups for p in group["params"]}
+    assert moved == {id(parameter) for parameter in module.parameters()}
+
+
+class ByLayer(Small):
+    """A group for each parameter, the last one first, and one is named by its layer."""
+
+    def configure_optimizers(self):
+        first = self.model[4].weight
+        assert first.is_leaf
+        rest = [p for p in self.parameters() if p is not first]
+        return torch.optim.AdamW([{"params": [p], "lr": 1e-3 * (i + 1)} for i, p in enumerate([first, *rest[::-1]])])
+
+
+@pytest.mark.parametrize("step", [3, 6, 9])
+def test_groups_of_any_kind_resume(step, tmp_path):
+    def save(trainer, *_):
+        if trainer.global_step == step:
+            trainer.save_checkpoint(tmp_path / "middle.ckpt")
+
+    options = {"dropout": 0.0, "norm": False}
+    whole = train(build(ByLayer, **options), [LowRank(3, at=6)], tmp_path, extra=[Do(save)])
+    torch.manual_seed(7)
+    resumed = train(ByLayer(**options), [LowRank(3, at=6)], tmp_path, ckpt_path=tmp_path / "middle.ckpt")
+    assert differing(resumed.weights, whole.weights) == []
+
+
+def test_at_once_a_run_goes_on_in_a_module_that_starts_from_other_weights(tmp_path):
+    module = still()
+    with torch.no_grad():
+        for index in (4, 7):
+            left, right = svd(module.model[index].weight).truncated(2)
+            module.model[index].weight.copy_(left @ right)
+    run = train(module, [at_once(Energy(0.999))], tmp_path)
+    assert set(run.of(LowRank).ranks.values()) == {2}
+    run.trainer.save_checkpoint(tmp_path / "low.ckpt")
+    fresh = still()
+    with torch.no_grad():
+        nn.init.orthogonal_(fresh.model[4].weight)
+        nn.init.orthogonal_(fresh.model[7].weight)
+    again = train(fresh, [at_once(Energy(0.999))], tmp_path, ckpt_path=tmp_path / "low.ckpt", max_epochs=5)
+    assert set(again.of(LowRank).ranks.values()) == {2}
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using")
+def test_a_run_goes_on_from_a_plain_checkpoint(tmp_path):
+    plain = train(still(), [], tmp_path)
+    plain.trainer.save_checkpoint(tmp_path / "plain.ckpt")
+    for callback in (at_once(), LowRank(3, at=6)):
+        run = train(still(), [callback], tmp_path, ckpt_path=tmp_path / "plain.ckpt", max_epochs=8)
+        assert set(run.of(LowRank).ranks.values()) == {3}
+        assert len(factored_layers(run.module)) == 2
+
+
+def test_weights_alone_can_be_loaded_too(tmp_path):
+    module = still()
+    run = train(module, [LowRank(3, at=6)], tmp_path)
+    run.trainer.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
+    loaded = load_from_checkpoint(tmp_path / "weights.ckpt", Small)
+    assert differing(loaded.state_dict(), module.state_dict()) == []
 
 
 # plan

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from lightning_compress import CompressError, NothingToCompress
 from lightning_compress.factorization.factors import Factored
@@ -72,6 +73,30 @@ def test_a_second_time_there_is_nothing_left_to_do():
     factorize(module, rank=5)
     with pytest.raises(NothingToCompress, match="factored already"):
         factorize(module, rank=5)
+    alone = nn.Linear(64, 64)
+    assert factorize(alone, rank=5, include=["Linear"]) == {"": 5}
+    with pytest.raises(NothingToCompress, match="factored already"):
+        factorize(alone, rank=5, include=["Linear"])
+
+
+class Aliased(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Sequential(nn.Linear(30, 30)), nn.Linear(30, 2)
+        self.encoder = self.body
+
+    def forward(self, x):
+        return self.head(self.encoder(x))
+
+
+def test_a_layer_with_two_names_is_one_and_others_are_passed_over():
+    module = Aliased()
+    assert factorize(module, rank=3) == {"body.0": 3}
+    assert type(module.encoder[0]) is Factored
+    odd = net()
+    prune.l1_unstructured(odd[0], "weight", 0.3)
+    refused(CompressError, "'0' computes its weight in each forward", odd, rank=3, include=["0"])
+    assert factorize(odd, rank=3) == {"2": 3}
 
 
 def test_convolutions_too():
@@ -113,7 +138,7 @@ def refused(error, words, module, *args, **options):
 
 
 def test_bad_input_is_named_and_replaces_nothing():
-    refused(ValueError, r"rank from 1 to 40, the full one of '0', got 41", net(), rank=41)
+    refused(ValueError, r"rank from 1 to 40, the full one of '0', got 41", net(), rank=lambda *_: {"0": 41, "2": 3})
     refused(NothingToCompress, "would get smaller at rank=40.*0 40", net(), rank=40)
     refused(CompressError, "'first' shares its weight", Tied(), rank=2, include=["first", "head"])
     refused(CompressError, "NaN or infinity in '0'; look at the batches", net(), [inputs() * torch.nan], rank=2)

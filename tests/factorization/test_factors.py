@@ -9,10 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_compress import CheckpointMismatch
 from lightning_compress.factorization.factors import (
     Factored,
-    describe_factors,
+    as_plain,
     factor,
     factored_layers,
     restore_factors,
@@ -123,23 +122,51 @@ def net():
     return nn.Sequential(nn.Conv2d(2, 8, 3), nn.Flatten(), nn.Linear(72, 8))
 
 
-def test_what_is_described_is_restored_whatever_the_module_was():
+def test_a_state_dict_says_which_layers_are_two_whatever_the_module_was():
     torch.manual_seed(0)
     saved = net()
     factor(saved[0], *svd(as_matrices(saved[0], saved[0].weight)[0]).truncated(3))
-    described = describe_factors(saved)
-    assert described == {"0": 3}
     other = net()
     factor(other[0], *svd(as_matrices(other[0], other[0].weight)[0]).truncated(5))
     factor(other[2], *svd(other[2].weight).truncated(2))
     for fresh in (net(), other, copy.deepcopy(saved)):
-        restore_factors(fresh, described)
+        restore_factors(fresh, saved.state_dict())
         fresh.load_state_dict(saved.state_dict())
         x = torch.randn(2, 2, 5, 5)
         torch.testing.assert_close(fresh(x), saved(x))
         assert list(factored_layers(fresh)) == ["0"]
 
 
-def test_another_module_is_named():
-    with pytest.raises(CheckpointMismatch, match="'1' as two layers of rank 2, but Sequential has no Linear"):
-        restore_factors(net(), {"1": 2})
+class Adapter(nn.Module):
+    """A user's own module whose parts have the names of ours."""
+
+    def __init__(self):
+        super().__init__()
+        self.down, self.up = nn.Linear(6, 2), nn.Linear(2, 6)
+
+
+def test_a_module_of_the_users_with_such_names_is_left_alone():
+    module = nn.Sequential(Adapter(), nn.Linear(6, 6))
+    restore_factors(module, module.state_dict())
+    assert type(module[0]) is Adapter
+    assert factored_layers(module) == {}
+
+
+def test_it_looks_plain_in_a_block_and_gets_its_own_factors_back():
+    layer = nn.Linear(6, 9)
+    factor(layer, *svd(layer.weight).truncated(2))
+    kept = dict(layer.named_parameters())
+    with as_plain({"a": layer}) as weights:
+        assert type(layer) is nn.Linear
+        assert list(dict(layer.named_parameters())) == ["weight", "bias"]
+        assert weights["a"] is layer.weight
+    assert {name: id(value) for name, value in layer.named_parameters()} == {n: id(v) for n, v in kept.items()}
+    assert layer(torch.zeros(1, 6)).shape == (1, 9)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # of torch
+def test_torchscript():
+    layer = nn.Sequential(nn.Linear(6, 9))
+    factor(layer[0], *svd(layer[0].weight).truncated(2))
+    x = torch.randn(3, 6)
+    torch.testing.assert_close(torch.jit.script(layer)(x), layer(x))

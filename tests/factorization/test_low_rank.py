@@ -10,7 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_compress.factorization.ranks import Budget, Energy, chosen_ranks, rank_that_saves
+from lightning_compress import NothingToCompress
+from lightning_compress.factorization.ranks import Budget, Energy, check_rank, chosen_ranks, rank_that_saves
 from lightning_compress.factorization.svd import activation_weighted_svd, fisher_weighted_svd, svd
 
 
@@ -133,5 +134,10 @@ def test_a_budget_that_cannot_be_is_refused():
 def test_layers_that_would_not_get_smaller_are_left():
     values, shapes = {"a": torch.ones(8), "b": torch.ones(2)}, {"a": (8, 8), "b": (2, 2)}
     assert chosen_ranks(2, values, shapes) == {"a": 2}
+    assert chosen_ranks(3, values, shapes) == {"a": 3}  # of 'b' there are only two
     with pytest.raises(ValueError, match="rank from 1 to 2, the full one of 'b', got 3"):
-        chosen_ranks(3, values, shapes)
+        chosen_ranks(lambda *_: {"a": 3, "b": 3}, values, shapes)
+    with pytest.raises(NothingToCompress, match="at rank=4; the largest ranks that save: a 3, b 0"):
+        check_rank(4, shapes)
+    with pytest.raises(ValueError, match="fewer weights than rank 1"):
+        check_rank(Budget(0.9), {"a": (8, 8)})
