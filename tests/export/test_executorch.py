@@ -16,21 +16,10 @@ from lightning_compress.export.executorch import ExecuTorchModel, executorch_ope
 from lightning_compress.export.verify import sqnr_db
 from lightning_compress.quantization.grid import Range
 from lightning_compress.quantization.outputs import rounded_as_trained
-from tests.export.models import ConvNet, as_trained, seen_ranges, structured_images
+from tests.export.models import seen_ranges, structured_images
 
 pytestmark = pytest.mark.optional
 INSTALL = 'pip install "lightning-compress[executorch]"'
-
-
-@pytest.fixture(scope="module")
-def convnet() -> nn.Module:
-    torch.manual_seed(0)
-    return as_trained(ConvNet())
-
-
-@pytest.fixture(scope="module")
-def ranges(convnet: nn.Module) -> dict[str, Range]:
-    return seen_ranges(convnet, structured_images(64))
 
 
 @pytest.fixture(scope="module")

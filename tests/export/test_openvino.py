@@ -19,20 +19,9 @@ from lightning_compress.export.openvino import export_openvino, openvino_kernels
 from lightning_compress.export.verify import sqnr_db
 from lightning_compress.quantization.grid import Range, integer_weight
 from lightning_compress.quantization.outputs import rounded_as_trained
-from tests.export.models import ConvNet, as_trained, seen_ranges, structured_images
+from tests.export.models import seen_ranges, structured_images
 
 openvino = pytest.importorskip("openvino", reason='pip install "lightning-compress[openvino]"')
-
-
-@pytest.fixture(scope="module")
-def convnet() -> nn.Module:
-    torch.manual_seed(0)
-    return as_trained(ConvNet())
-
-
-@pytest.fixture(scope="module")
-def ranges(convnet: nn.Module) -> dict[str, Range]:
-    return seen_ranges(convnet, structured_images(64))
 
 
 @pytest.fixture(scope="module")
