@@ -217,7 +217,7 @@ class LowRank(L.Callback):
     def _release(self) -> None:
         self.clock.detach()
         self.evidence.detach()
-        self._layers = {}
+        self._layers, self._optimizers = {}, None
         while self._undo:
             self._undo.pop()()
 
