@@ -40,12 +40,7 @@ from lightning_compress.divergence import check_same
 from lightning_compress.errors import NothingToCompress, UnsupportedStrategy
 from lightning_compress.factorization.factors import factored_layers
 from lightning_compress.factorization.following import check_followers
-from lightning_compress.factorization.lowrank import (
-    Decompose,
-    check_weights,
-    select_factorable,
-    wants,
-)
+from lightning_compress.factorization.lowrank import Decompose, check_weights, select_factorable, wants
 from lightning_compress.factorization.ranks import Energy, Rank, check_rank
 from lightning_compress.factorization.svd import activation_weighted_svd
 from lightning_compress.select import patterns_or_none
@@ -165,6 +160,7 @@ class LowRank(L.Callback):
         return ranks if self._in_the_run else ()
 
     def _prepare(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # At `setup`, and again at `on_fit_start`, when the module's own hooks may have made layers.
         at = resolve_moment(self.at, run_length(trainer, (self.at,)), "at")
         if at < 1 and self.evidence.asked:
             raise ValueError(
