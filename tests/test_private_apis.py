@@ -46,7 +46,12 @@ PRIVATE_IMPORTS = {
     "measure/products.py": ("torch.utils._python_dispatch", "torch.utils._python_dispatch.TorchDispatchMode"),
     "quantization/dataflow.py": ("torch.utils._python_dispatch", "torch.utils._python_dispatch.TorchDispatchMode"),
 }
-OURS = {"_data", "_release", "_unlogged"}  # our own package: a name, and what our callbacks declare in lifecycle.py
+OURS = {
+    "_data",
+    "_release",
+    "_restored",
+    "_unlogged",
+}  # our own package: a name, and what our callbacks declare in lifecycle.py
 ROOTS = {"torch", "lightning", "lightning_utilities", "lightning_fabric"}
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as L
@@ -10,20 +11,23 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from lightning_compress.callbacks.averages import averaged_modules, restart_averages
 from lightning_compress.callbacks.step import intercept
 from lightning_compress.errors import CompressError, NothingToCompress
 from lightning_compress.factorization.factors import FACTORABLE, as_plain, factored_layers, unfactor
-from lightning_compress.factorization.following import by_factors, by_products, check_followers, follow
+from lightning_compress.factorization.following import by_factors, by_products, follow
 from lightning_compress.factorization.lowrank import Decompose, decomposed
 from lightning_compress.factorization.ranks import Rank
 from lightning_compress.factorization.svd import svd
 from lightning_compress.pruning.hessians import as_matrices
+from lightning_compress.pruning.shrink import check_optimizers
 from lightning_compress.sharding import clean_name
 
 __all__ = [
-    "PlainOptimizers", "check_found", "factor_again", "factor_layers", "merge_layers", "seen", "shapes_of",
+    "PlainOptimizers", "check_followers", "check_found", "factor_again", "factor_layers", "merge_layers", "seen",
+    "shapes_of",
 ]  # fmt: skip
 
 LOST_AT_MOST = 1e-6  # share of a layer's energy that rounding may leave beyond its rank
@@ -109,17 +113,30 @@ def factor_again(trainer: L.Trainer, pl_module: L.LightningModule, ranks: Mappin
     """
     plain = {clean_name(name): layer for name, layer in pl_module.named_modules() if isinstance(layer, FACTORABLE)}
     layers = {name: plain[name] for name in ranks if name in plain}
-    if not layers:
-        return
-    for name, layer in layers.items():
-        values = svd(as_matrices(layer, layer.get_parameter("weight"))[0]).values.square()
-        if float(values[ranks[name] :].sum()) > LOST_AT_MOST * float(values.sum()):
+    if layers:
+        check_followers(trainer.optimizers)
+        factor_layers(trainer, pl_module, layers, {}, svd, partial(_lossless, ranks))
+
+
+def _lossless(ranks: Mapping[str, int], values: Mapping[str, Tensor], shapes: object) -> dict[str, int]:
+    """The ranks of before, if nothing is lost by them."""
+    for name, each in values.items():
+        energy = each.square()
+        if float(energy[ranks[name] :].sum()) > LOST_AT_MOST * float(energy.sum()):
             raise CompressError(
                 f"LowRank has made '{name}' two of rank {ranks[name]} in this run, but the module holds another weight "
                 f"now, of a checkpoint from before; fit with a new callback, or load a checkpoint from after"
             )
-    check_followers(trainer.optimizers)
-    factor_layers(trainer, pl_module, layers, {}, svd, lambda *_: {name: ranks[name] for name in layers})
+    return {name: ranks[name] for name in values}
+
+
+def check_followers(optimizers: Sequence[Optimizer]) -> None:
+    """Raise on optimizers in which no weight can be replaced by two. Runs before the first step.
+
+    Raises:
+        CompressError: LBFGS.
+    """
+    check_optimizers(optimizers, "in which no weight can be replaced by two", "at=0.0")
 
 
 def merge_layers(trainer: L.Trainer, pl_module: L.LightningModule, names: Mapping[str, int]) -> None:

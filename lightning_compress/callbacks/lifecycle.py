@@ -8,8 +8,9 @@ from typing import Any, Protocol
 import lightning.pytorch as L
 
 from lightning_compress.callbacks.clock import Clock, restore_data_place
+from lightning_compress.callbacks.contract import check_state
 
-__all__ = ["go_on", "log", "log_unlogged", "release"]
+__all__ = ["go_on", "keep_state", "log", "log_unlogged", "release"]
 
 
 class Attached(Protocol):
@@ -22,6 +23,28 @@ class Logging(Protocol):
     """A callback that keeps numbers of a step until the step is over."""
 
     _unlogged: dict[str, float]
+
+
+class Resuming(Protocol):
+    """A callback with a recipe that takes its state over when training starts."""
+
+    enabled: bool
+    _restored: dict[str, Any] | None
+
+    def recipe(self) -> dict[str, Any]:
+        """Return the options as primitives."""
+        ...
+
+
+def keep_state(who: Resuming, state_dict: dict[str, Any]) -> None:
+    """Keep what a checkpoint holds until `on_train_start`: a `load_state_dict`.
+
+    Raises:
+        CheckpointMismatch: it is of another recipe or a newer format.
+    """
+    if who.enabled and state_dict:
+        check_state(state_dict, who.recipe(), who)
+        who._restored = state_dict
 
 
 def go_on(

@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 from lightning_compress.callbacks.clock import Clock, run_length
 from lightning_compress.callbacks.contract import (
     SHARDING,
-    check_state,
     check_unclaimed,
     described,
     is_tensor_parallel,
@@ -25,6 +24,7 @@ from lightning_compress.callbacks.contract import (
 from lightning_compress.callbacks.evidence import Evidence
 from lightning_compress.callbacks.factoring import (
     PlainOptimizers,
+    check_followers,
     check_found,
     factor_again,
     factor_layers,
@@ -32,14 +32,13 @@ from lightning_compress.callbacks.factoring import (
     seen,
     shapes_of,
 )
-from lightning_compress.callbacks.lifecycle import go_on, log, release
+from lightning_compress.callbacks.lifecycle import go_on, keep_state, log, release
 from lightning_compress.callbacks.loading import restoring_shapes, save_factors
 from lightning_compress.callbacks.order import Claim, check_first, check_together
 from lightning_compress.callbacks.sameness import takes_part
 from lightning_compress.divergence import check_same
 from lightning_compress.errors import NothingToCompress, UnsupportedStrategy
 from lightning_compress.factorization.factors import factored_layers
-from lightning_compress.factorization.following import check_followers
 from lightning_compress.factorization.lowrank import Decompose, check_weights, select_factorable, wants
 from lightning_compress.factorization.ranks import Energy, Rank, check_rank
 from lightning_compress.factorization.svd import activation_weighted_svd
@@ -283,10 +282,7 @@ class LowRank(L.Callback):
         gathered = self.evidence.state_dict()
         return saved_state(self.recipe(), clock=self.clock.state_dict(), ranks=dict(self.ranks), gathered=gathered)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if self.enabled and state_dict:
-            check_state(state_dict, self.recipe(), self)
-            self._restored = state_dict
+    load_state_dict = keep_state
 
     def _take_over(self, state: dict[str, Any]) -> None:
         self.clock.load_state_dict(state["clock"])

@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 
 from lightning_compress.callbacks.clock import Clock, run_length
 from lightning_compress.callbacks.contract import (
-    check_state,
     check_unclaimed,
     described,
     is_final_at_setup,
@@ -21,7 +20,7 @@ from lightning_compress.callbacks.contract import (
     state_key,
     warn_if_unfinished,
 )
-from lightning_compress.callbacks.lifecycle import go_on, log_unlogged, release
+from lightning_compress.callbacks.lifecycle import go_on, keep_state, log_unlogged, release
 from lightning_compress.callbacks.masking import MaskKeeper
 from lightning_compress.callbacks.order import Claim, check_together
 from lightning_compress.callbacks.sameness import takes_part
@@ -248,10 +247,7 @@ class Reconstruction(L.Callback):
             gathered=gathered,
         )
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if self.enabled and state_dict:
-            check_state(state_dict, self.recipe(), self)
-            self._restored = state_dict
+    load_state_dict = keep_state
 
     def _take_over(self, state: dict[str, Any]) -> None:
         self.clock.load_state_dict(state["clock"])

@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 from lightning_compress.callbacks.clock import Clock
 from lightning_compress.callbacks.contract import (
     SHARDING,
-    check_state,
     check_unclaimed,
     described,
     is_whole_at_setup,
@@ -22,7 +21,7 @@ from lightning_compress.callbacks.contract import (
     warn_if_unfinished,
 )
 from lightning_compress.callbacks.gathering import Gathering
-from lightning_compress.callbacks.lifecycle import go_on, log, release
+from lightning_compress.callbacks.lifecycle import go_on, keep_state, log, release
 from lightning_compress.callbacks.loading import restoring_shapes, save_shapes
 from lightning_compress.callbacks.masking import MaskKeeper
 from lightning_compress.callbacks.order import Claim, check_together
@@ -278,10 +277,7 @@ class StructuredPruning(L.Callback):
         history = [list(row) for row in self.history]
         return saved_state(self.recipe(), **state, history=history, gathered=self.gathering.state_dict())
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if self.enabled and state_dict:
-            check_state(state_dict, self.recipe(), self)
-            self._restored = state_dict
+    load_state_dict = keep_state
 
     def _take_over(self, state: dict[str, Any], trainer: L.Trainer) -> None:
         self.history = [(int(step), float(target), float(gone)) for step, target, gone in state["history"]]

@@ -13,7 +13,6 @@ from torch.optim import LBFGS, Optimizer
 from lightning_compress.callbacks.averages import averaged_models
 from lightning_compress.callbacks.clock import Clock, run_length
 from lightning_compress.callbacks.contract import (
-    check_state,
     check_unclaimed,
     described,
     gradients_are_read,
@@ -22,7 +21,7 @@ from lightning_compress.callbacks.contract import (
     state_key,
     warn_if_unfinished,
 )
-from lightning_compress.callbacks.lifecycle import go_on, log_unlogged, release
+from lightning_compress.callbacks.lifecycle import go_on, keep_state, log_unlogged, release
 from lightning_compress.callbacks.masking import ELEMENTWISE
 from lightning_compress.callbacks.order import Claim, check_together
 from lightning_compress.callbacks.sameness import takes_part
@@ -247,10 +246,7 @@ class WeightSharing(L.Callback):
         codes = {name: pack_codes(codes) for name, codes in self.codes.items()}
         return saved_state(self.recipe(), clock=self.clock.state_dict(), codes=codes)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if self.enabled and state_dict:
-            check_state(state_dict, self.recipe(), self)
-            self._restored = state_dict
+    load_state_dict = keep_state
 
     def _take_over(self, state: dict[str, Any]) -> None:
         self.clock.load_state_dict(state["clock"])

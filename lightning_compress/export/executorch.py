@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import logging
 import os
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,7 @@ from lightning_compress.errors import CompressError
 from lightning_compress.export.checked import Checked, File, checked, first_rows
 from lightning_compress.export.program import reference_module, traced_program
 from lightning_compress.export.replacing import written_at_the_end
-from lightning_compress.export.tracing import Inputs, evaluating
+from lightning_compress.export.tracing import Inputs, evaluating, quiet
 from lightning_compress.export.verify import ALL_FIXED
 from lightning_compress.export.xnnpack import as_xnnpack_fuses
 from lightning_compress.quantization.outputs import Ranges
@@ -29,6 +26,8 @@ __all__ = ["ExecuTorchModel", "executorch_operators", "export_executorch"]
 
 # What torchao and torch say when torchao is imported, which ExecuTorch does: libraries for GPUs that are not there.
 CHATTY = ("torchao", "torch.utils._pytree")
+# executorch 1.5's own use of importlib.resources, torch 2.13's of its tree specifications
+OF_EXECUTORCH = (("", DeprecationWarning), ("", FutureWarning))
 
 
 def export_executorch(
@@ -72,7 +71,7 @@ def export_executorch(
     _check_rows(inputs, batch)
     _check_bits(ranges or {})
     plain = copy.deepcopy(module).cpu() if any(each.device.type != "cpu" for each in module.parameters()) else module
-    with evaluating(plain), _quiet(), written_at_the_end(path, ".pte") as unfinished:
+    with evaluating(plain), quiet(CHATTY, OF_EXECUTORCH), written_at_the_end(path, ".pte") as unfinished:
         unfinished.write_bytes(_lowered(plain, ranges, first_rows(inputs, batch)))
         model = ExecuTorchModel(unfinished, threads=1)
         file = File("ExecuTorch file", path, unfinished.stat().st_size, lambda inputs: model.in_pieces(inputs, batch))
@@ -154,7 +153,7 @@ class ExecuTorchModel:
             raise ValueError(f"ExecuTorchModel needs threads of at least 1, got {threads}")
         if not Path(path).is_file():
             raise FileNotFoundError(f"expected an ExecuTorch program (.pte), found none at {os.fspath(path)}")
-        with _quiet():
+        with quiet(CHATTY, OF_EXECUTORCH):
             import executorch.kernels.quantized  # noqa: F401
             from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
             from executorch.runtime import Runtime, Verification
@@ -189,7 +188,7 @@ def executorch_operators(path: str | os.PathLike[str]) -> dict[str, int]:
         ImportError: executorch is missing.
     """
     _require()
-    with _quiet():
+    with quiet(CHATTY, OF_EXECUTORCH):
         from executorch.exir._serialize._program import deserialize_pte_binary
     plan = deserialize_pte_binary(Path(path).read_bytes()).program.execution_plan[0]
     found: dict[str, int] = {}
@@ -207,23 +206,6 @@ def _called(plan: Any, call: Any) -> str | None:
     if hasattr(call, "op_index"):
         return f"{plan.operators[call.op_index].name}.{plan.operators[call.op_index].overload}"
     return None
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    loggers = [logging.getLogger(name) for name in CHATTY]
-    before = [logger.disabled for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.disabled = True
-        with warnings.catch_warnings():
-            # executorch 1.5's own use of importlib.resources, torch 2.13's of its tree specifications
-            warnings.simplefilter("ignore", DeprecationWarning)
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        for logger, disabled in zip(loggers, before, strict=True):
-            logger.disabled = disabled
 
 
 def _require() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,12 +18,19 @@ from lightning_compress.errors import CompressError
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["Inputs", "OpenSizes", "evaluating", "inputs_beside", "open_shapes", "strip", "traced"]
+__all__ = ["Inputs", "OpenSizes", "evaluating", "inputs_beside", "open_shapes", "quiet", "strip", "traced"]
 
 OPSET = 20  # fixed, so that a newer exporter writes the same file
 CHATTY = (
     "torch.onnx._internal.exporter._registration",  # "torchvision is not installed", once for each operator
     "onnxscript.optimizer._constant_folding",  # "Evaluation failed", where a node just stays as it is
+)
+# Of torch 2.13: its own tree specifications copied; one name for the batch of several inputs, which is what we want;
+# inputs that are no tensors, which become constants.
+OF_THE_EXPORTER = (
+    (r"`isinstance\(treespec, LeafSpec\)`", FutureWarning),
+    ("# The axis name: (batch|sequence) will not be used", UserWarning),
+    ("# ONNX model has different number of inputs", UserWarning),
 )
 Inputs = tuple[Any, ...] | dict[str, Any]
 
@@ -86,7 +93,7 @@ def traced(
     inputs, shapes = open_shapes(inputs, open_sizes)
     args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, None)
     try:
-        with _quiet_exporter():
+        with quiet(CHATTY, OF_THE_EXPORTER):
             program = torch.onnx.export(
                 module, args, kwargs=kwargs, dynamo=True, verbose=False, opset_version=OPSET,
                 dynamic_shapes=shapes, input_names=input_names, output_names=output_names,
@@ -138,19 +145,21 @@ def _doubled(inputs: Inputs, dim: int) -> Inputs:
 
 
 @contextmanager
-def _quiet_exporter() -> Iterator[None]:
-    """Keep out what the exporter says about itself and not about the module."""
-    loggers = [logging.getLogger(name) for name in CHATTY]
+def quiet(names: Iterable[str], ignored: Iterable[tuple[str, type[Warning]]]) -> Iterator[None]:
+    """Keep out, inside the block, what an exporter says about itself and not about the module.
+
+    Args:
+        names: of its loggers.
+        ignored: starts of its warnings, as regular expressions, and their classes.
+    """
+    loggers = [logging.getLogger(name) for name in names]
     before = [logger.disabled for logger in loggers]
     try:
         for logger in loggers:
             logger.disabled = True
         with warnings.catch_warnings():
-            # torch 2.13: its own tree specifications copied; one name for the batch of several inputs, which is what
-            # we want; inputs that are no tensors, which become constants
-            warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning)
-            warnings.filterwarnings("ignore", "# The axis name: (batch|sequence) will not be used", UserWarning)
-            warnings.filterwarnings("ignore", "# ONNX model has different number of inputs", UserWarning)
+            for message, category in ignored:
+                warnings.filterwarnings("ignore", message, category)
             yield
     finally:
         for logger, disabled in zip(loggers, before, strict=True):

@@ -5,27 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_compress.errors import CompressError
 from lightning_compress.factorization.factors import Factored
 
-__all__ = ["Replacement", "by_factors", "by_products", "check_followers", "follow"]
-
-
-def check_followers(optimizers: Sequence[Optimizer]) -> None:
-    """Raise on optimizers whose state can never follow. Runs before the first step.
-
-    Raises:
-        CompressError: LBFGS.
-    """
-    if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in optimizers):
-        raise CompressError(
-            "LBFGS keeps its state as one flat vector of all parameters, in which no weight can be replaced by two; "
-            "use SGD, Adam or another optimizer that keeps its state by parameter, or at=0.0"
-        )
+__all__ = ["Replacement", "by_factors", "by_products", "follow"]
 
 
 @dataclass(frozen=True)

@@ -137,16 +137,25 @@ def _fit_heads(
 # Optimizers
 
 
-def check_optimizers(optimizers: Sequence[Optimizer]) -> None:
-    """Raise on optimizers whose state can never follow. Runs before the first step.
+def check_optimizers(
+    optimizers: Sequence[Optimizer],
+    lost: str = "from which no channel can be taken out",
+    instead: str = "GradualPruning, which masks",
+) -> None:
+    """Raise on optimizers whose state can never follow parameters that change. Runs before the first step.
+
+    Args:
+        optimizers: of the run.
+        lost: what cannot be done with their state.
+        instead: what can be used with them.
 
     Raises:
         CompressError: LBFGS.
     """
     if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in optimizers):
         raise CompressError(
-            "LBFGS keeps its state as one flat vector of all parameters, from which no channel can be taken out; "
-            "use SGD, Adam or another optimizer that keeps its state by parameter, or GradualPruning, which masks"
+            f"LBFGS keeps its state as one flat vector of all parameters, {lost}; use SGD, Adam or another optimizer "
+            f"that keeps its state by parameter, or {instead}"
         )
 
 
